@@ -1,0 +1,129 @@
+"""The layer plan: for each layer of the model what it became, or why it was left dense."""
+
+from enum import StrEnum
+
+from pydantic import BaseModel, ConfigDict
+
+
+class Form(StrEnum):
+    """What a layer becomes."""
+
+    DENSE = "dense"
+    CHANNEL = "channel"
+    SPATIAL = "spatial"
+    SPATIAL_TRANSPOSED = "spatial_transposed"
+    MATRIX = "matrix"
+    CHUNKED = "chunked"
+    SUM = "sum"
+    COMPOSED = "composed"
+
+
+class ReasonCode(StrEnum):
+    """Why a layer or a term is what it is; the list is closed and documented in docs/reasons.md."""
+
+    # The layer stays dense because of what it is.
+    UNSUPPORTED_KIND = "UNSUPPORTED_KIND"
+    GROUPED_CONVOLUTION = "GROUPED_CONVOLUTION"
+    SHARED_WEIGHT = "SHARED_WEIGHT"
+    PADDING_MODE = "PADDING_MODE"
+    WEIGHT_NOT_PARAMETER = "WEIGHT_NOT_PARAMETER"
+    NOT_FLOATING = "NOT_FLOATING"
+    NOT_EXECUTED = "NOT_EXECUTED"
+    COST_UNKNOWN = "COST_UNKNOWN"
+    # The layer stays dense because of the spec or the budget.
+    KEPT_BY_RULE = "KEPT_BY_RULE"
+    NO_RULE = "NO_RULE"
+    NO_TERM_APPLICABLE = "NO_TERM_APPLICABLE"
+    NOT_CHEAPER = "NOT_CHEAPER"
+    DENSE_PREFERRED = "DENSE_PREFERRED"
+    # A term of a compressed layer.
+    TERM_NOT_APPLICABLE = "TERM_NOT_APPLICABLE"
+    TERMS_NOT_DISTINCT = "TERMS_NOT_DISTINCT"
+    RANK_ABOVE_BREAK_EVEN = "RANK_ABOVE_BREAK_EVEN"
+    RANK_ZERO = "RANK_ZERO"
+    RANK_FIXED = "RANK_FIXED"
+    RANK_SELECTED = "RANK_SELECTED"
+
+
+REASON_MEANINGS: dict[ReasonCode, str] = {
+    ReasonCode.UNSUPPORTED_KIND: "The operator is not one that can be factored yet; the layer stays as it was.",
+    ReasonCode.GROUPED_CONVOLUTION: "The convolution has groups; its weight is a block matrix, one block per group.",
+    ReasonCode.SHARED_WEIGHT: "The weight is used by several different operators; it stays dense for all of them.",
+    ReasonCode.PADDING_MODE: "The padding cannot be written as zeros around the input, so a chain would differ.",
+    ReasonCode.WEIGHT_NOT_PARAMETER: "The weight is computed or a constant, not a parameter of the model.",
+    ReasonCode.NOT_FLOATING: "The weight is not float32 or float64.",
+    ReasonCode.NOT_EXECUTED: "The layer did not run for the example inputs, so its cost is unknown.",
+    ReasonCode.COST_UNKNOWN: "The layer ran, but its multiply-adds could not be counted.",
+    ReasonCode.KEPT_BY_RULE: "A rule of the spec keeps the layer dense.",
+    ReasonCode.NO_RULE: "No rule of the spec matches the layer.",
+    ReasonCode.NO_TERM_APPLICABLE: "None of the rule's terms applies to this kind of layer.",
+    ReasonCode.NOT_CHEAPER: "No rank of the layer's terms costs less than the dense layer.",
+    ReasonCode.DENSE_PREFERRED: "Within the budget the dense layer was worth its cost.",
+    ReasonCode.TERM_NOT_APPLICABLE: "The term does not apply to this kind of layer and was dropped.",
+    ReasonCode.TERMS_NOT_DISTINCT: "For this layer the term is the same matrix as an earlier one and was dropped.",
+    ReasonCode.RANK_ABOVE_BREAK_EVEN: "The fixed rank costs no less than the dense layer; the term was left out.",
+    ReasonCode.RANK_ZERO: "The selection gave the term rank 0; it was dropped from the sum.",
+    ReasonCode.RANK_FIXED: "The rank is the one the spec fixes.",
+    ReasonCode.RANK_SELECTED: "The rank was learned.",
+}
+
+
+class LayerFacts(BaseModel):
+    """A layer of the reference model as it was found; one line of the plan begins with it."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    position: int
+    name: str
+    kind: str
+    weight: str | None = None
+    weight_shape: list[int] = []
+    input_shape: list[int] | None = None
+    output_shape: list[int] | None = None
+    calls: int = 0
+    params: int = 0
+    macs: int | None = None
+
+
+class RankRow(BaseModel):
+    """One row of rank_configurations: what stood for one term of one layer at one C step."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    step: int  # C step, from 0; the final choice carries the step after the last
+    layer: str
+    term: int  # position in the layer's sum; 0 for a dense layer
+    form: Form
+    rank: int | None = None  # None where there is no rank: a dense layer
+    params: int = 0  # of this term alone; a layer's bias counts with its first term that is kept
+    macs: int = 0
+    relative_error: float = 0.0  # of the whole layer: ‖W − ΣΘ‖ / ‖W‖
+    reason: ReasonCode | None = None
+    chosen: bool = False
+
+
+class TermPlan(BaseModel):
+    """One term of a layer's sum."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    term: int
+    form: Form
+    rank: int | None = None
+    params: int
+    macs: int
+    reason: ReasonCode | None = None
+    macs_stay: bool = False  # composed: fewer parameters, the dense multiply-adds
+
+
+class LayerPlan(LayerFacts):
+    """What one layer became."""
+
+    form: Form
+    reason: ReasonCode | None = None
+    message: str | None = None
+    relative_error: float = 0.0
+    compressed_params: int
+    compressed_macs: int | None = None
+    terms: list[TermPlan] = []
+    step: int | None = None

@@ -1,0 +1,136 @@
+"""The resources as they stand on the wire; the service writes them and the client reads them."""
+
+from datetime import datetime
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from service.contract.errors import Problem
+from service.contract.events import Event, Progress
+from service.contract.plan import LayerPlan, RankRow
+from service.contract.states import JobState
+
+
+class Resource(BaseModel):
+    """Base of what is answered; clients accept fields they do not know."""
+
+    model_config = ConfigDict(extra="ignore")
+
+
+class ModelResource(Resource):
+    """An uploaded TorchScript file."""
+
+    id: str
+    name: str | None
+    bytes: int
+    sha256: str
+    created_at: datetime
+
+
+class DatasetResource(Resource):
+    """An uploaded set of inputs, with or without targets."""
+
+    id: str
+    name: str | None
+    format: str  # "npz" or "safetensors"
+    bytes: int
+    sha256: str
+    created_at: datetime
+
+
+class ResultSummary(Resource):
+    """The few numbers of a report that a list or a script wants."""
+
+    params_fraction: float
+    macs_fraction: float
+    file_bytes_fraction: float
+    metric_name: str | None = None
+    reference_metric: float | None = None
+    compressed_metric: float | None = None
+    metric_difference: float | None = None
+    metric_difference_low: float | None = None
+    metric_difference_high: float | None = None
+    artifact_id: str | None = None
+    artifact_sha256: str | None = None
+
+
+class JobResource(Resource):
+    """A job: one spec applied to one model."""
+
+    id: str
+    name: str | None = None
+    state: JobState
+    phase: str | None
+    progress: Progress
+    queue_position: int | None = None
+    cancel_requested: bool = False
+    attempt: int
+    model_id: str
+    dataset_id: str | None
+    requested_spec: dict[str, Any]
+    spec: dict[str, Any]  # resolved: defaults filled in, every `auto` that is known by now replaced
+    result: ResultSummary | None
+    problem: Problem | None
+    created_at: datetime
+    started_at: datetime | None
+    finished_at: datetime | None
+
+
+class ArtifactResource(Resource):
+    """A file that a job produced."""
+
+    id: str
+    name: str
+    format: str
+    bytes: int
+    sha256: str
+
+
+class JobPage(Resource):
+    """A page of jobs; `next_cursor` is null on the last one."""
+
+    items: list[JobResource]
+    next_cursor: str | None
+
+
+class EventPage(Resource):
+    """Events after a number; `next_after` is what to ask for next."""
+
+    items: list[Event]
+    next_after: int
+
+
+class LayerPage(Resource):
+    """The layer plan, and with `history=true` every rank configuration that stood."""
+
+    items: list[LayerPlan]
+    history: list[RankRow] | None = None
+
+
+class ArtifactPage(Resource):
+    """The artifacts of a job."""
+
+    items: list[ArtifactResource]
+
+
+class Health(Resource):
+    """Readiness: `ready`, `degraded` (work is accepted, something is away) or `unavailable`."""
+
+    status: str
+    checks: dict[str, str] = {}
+
+
+class Capabilities(Resource):
+    """What this service can do."""
+
+    version: str
+    methods: list[str]
+    terms: list[dict[str, Any]]
+    layer_kinds: list[str]
+    outputs: list[str]
+    data_formats: list[str]
+    devices: list[str]
+    limits: dict[str, int]
+    reason_codes: dict[str, str]
+    error_codes: dict[str, str]
+    spec_schema: dict[str, Any]

@@ -1,0 +1,249 @@
+"""The job spec, version 1: one meaning of what to do, with every default in one place."""
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, PositiveInt, ValidationError, model_validator
+from pydantic_core import ErrorDetails, PydanticCustomError
+
+from service.contract.errors import ErrorCode, FieldError, ProblemError
+from service.contract.strict import StrictModel
+from service.contract.terms import LayerRule
+
+Auto = Literal["auto"]
+Fraction = Annotated[float, Field(gt=0, lt=1)]
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Metric = Literal["macs", "params"]
+Output = Literal["torchscript"]
+
+MU_RANGE = 700.0  # the last μ over the first, whatever the number of steps (methods L.7: 1.3^25)
+FINE_TUNE_EPOCHS = (5, 30)  # bounds of the automatic number
+MAX_EPOCHS = 10_000
+
+
+class MuSchedule(StrictModel):
+    """The penalty weights μ₁ < μ₂ < … of the LC loop."""
+
+    initial: Positive | Auto = "auto"
+    growth: Annotated[float, Field(gt=1)] | Auto = "auto"
+    steps: int = Field(default=25, ge=1, le=1000)
+
+    @property
+    def growth_factor(self) -> float:
+        """The growth, with `auto` = 700^(1/(steps−1)): short runs cover the same range of μ."""
+        return self.growth if self.growth != "auto" else MU_RANGE ** (1 / max(self.steps - 1, 1))
+
+
+class CStepSpec(StrictModel):
+    """How the C step alternates over the terms of a sum."""
+
+    sweeps: Annotated[int, Field(ge=1, le=100)] | Auto = "auto"  # auto: until the decrease stalls
+
+
+class LearningCompressionSpec(StrictModel):
+    """The Learning-Compression method (methods L.1)."""
+
+    type: Literal["learning_compression"] = "learning_compression"
+    mu: MuSchedule = MuSchedule()
+    multipliers: bool = True
+    lambda_: Positive | None = Field(default=None, alias="lambda")  # per million units of the cost
+    c_step: CStepSpec = CStepSpec()
+
+
+class Budget(StrictModel):
+    """How small the result must be; exactly one limit."""
+
+    max_macs_fraction: Fraction | None = None
+    max_params_fraction: Fraction | None = None
+    max_macs: PositiveInt | None = None
+    max_params: PositiveInt | None = None
+
+    @model_validator(mode="after")
+    def _one_limit(self) -> Self:
+        given = [name for name in type(self).model_fields if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise PydanticCustomError(
+                "budget",
+                "a budget has exactly one of {names}; found {found}",
+                {"names": ", ".join(type(self).model_fields), "found": " and ".join(given) or "none"},
+            )
+        return self
+
+    @property
+    def metric(self) -> Metric:
+        """What is limited."""
+        return "macs" if self.max_macs is not None or self.max_macs_fraction is not None else "params"
+
+    def limit(self, reference: int) -> int:
+        """The limit in units of the metric, for a reference network of this size."""
+        absolute = self.max_macs if self.max_macs is not None else self.max_params
+        fraction = self.max_macs_fraction if self.max_macs_fraction is not None else self.max_params_fraction
+        return absolute if absolute is not None else int((fraction or 0.0) * reference)
+
+
+class CostWeights(StrictModel):
+    """The C of the papers as a weighted sum of counts."""
+
+    macs: NonNegative = 0.0
+    params: NonNegative = 0.0
+
+    @model_validator(mode="after")
+    def _not_all_zero(self) -> Self:
+        if self.macs == 0 and self.params == 0:
+            raise PydanticCustomError("cost", "at least one of the weights macs and params must be above 0")
+        return self
+
+
+class Objective(StrictModel):
+    """What training minimises."""
+
+    loss: Literal["auto", "cross_entropy", "mse", "distillation"] = "auto"
+    distillation: float = Field(default=0.7, ge=0, le=1)  # weight of T²·KL to the reference's outputs
+    temperature: Positive = 2.0
+    class_dim: int = 1
+    ignore_index: int = -100
+
+
+class DataSpec(StrictModel):
+    """Which arrays of the dataset are what, and how raw values become inputs: (x·scale − mean)/std."""
+
+    inputs: str | list[str] = "inputs"
+    targets: str | list[str] = "targets"
+    scale: Positive | None = None
+    mean: float | list[float] | None = None
+    std: Positive | list[Positive] | None = None
+    layout: Literal["NCHW", "NHWC"] | None = None
+
+
+class ExampleInput(StrictModel):
+    """One input of the model where there is no data; `shape` includes the batch dimension first."""
+
+    shape: list[PositiveInt] = Field(min_length=1, max_length=16)
+    dtype: Literal["float32", "float64", "int64", "int32", "uint8", "bool"] = "float32"
+    high: PositiveInt | None = None  # exclusive bound of random integers
+
+
+class SgdSpec(StrictModel):
+    """Stochastic gradient descent."""
+
+    type: Literal["sgd"] = "sgd"
+    lr: Positive | Auto = "auto"  # auto: a short range test on a copy; never above 1/μ in the L step
+    momentum: float = Field(default=0.9, ge=0, lt=1)
+    nesterov: bool = True
+    weight_decay: NonNegative = 0.0
+
+
+class Training(StrictModel):
+    """The L step."""
+
+    epochs_per_step: int = Field(default=3, ge=1, le=MAX_EPOCHS)
+    batch_size: PositiveInt = 256
+    optimizer: SgdSpec = SgdSpec()
+
+
+class FineTune(StrictModel):
+    """Training of the factored network after the ranks are fixed."""
+
+    epochs: Annotated[int, Field(ge=0, le=MAX_EPOCHS)] | Auto = "auto"
+
+    def resolved_epochs(self, l_step_epochs: int) -> int:
+        """As many epochs as all L steps together, between 5 and 30, unless the spec says a number."""
+        low, high = FINE_TUNE_EPOCHS
+        return min(max(l_step_epochs, low), high) if self.epochs == "auto" else self.epochs
+
+
+class Deadlines(StrictModel):
+    """How long a job may take, in seconds; null is the service's own limit."""
+
+    run_seconds: Positive | None = None
+    first_forward_seconds: Positive | None = None
+
+
+class JobSpec(StrictModel):
+    """What to do with a model. Only the size must be said: `{"budget": {"max_macs_fraction": 0.3}}`."""
+
+    version: Literal[1] = 1
+    method: LearningCompressionSpec = LearningCompressionSpec()
+    layers: list[LayerRule] = Field(default_factory=lambda: [LayerRule()], min_length=1)
+    budget: Budget | None = None
+    cost: Auto | Metric | CostWeights = "auto"
+    objective: Objective = Objective()
+    data: DataSpec = DataSpec()
+    example_inputs: list[ExampleInput] | None = Field(default=None, min_length=1)
+    training: Training = Training()
+    fine_tune: FineTune = FineTune()
+    outputs: list[Output] = Field(default_factory=lambda: list[Output](["torchscript"]), min_length=1)
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    deadlines: Deadlines = Deadlines()
+
+    @model_validator(mode="after")
+    def _size_is_said(self) -> Self:
+        if self.budget is not None and self.method.lambda_ is not None:
+            raise PydanticCustomError(
+                "budget_and_lambda", "budget and method.lambda both steer the size; keep one and remove the other"
+            )
+        if self.budget is None and self.method.lambda_ is None and not self.fixes_its_size:
+            raise PydanticCustomError(
+                "SIZE_MISSING",
+                "the size is not said: give budget (for example {example}), or method.lambda, or a fixed rank for "
+                "every term of every rule",
+                {"example": '{"max_macs_fraction": 0.3}'},
+            )
+        return self
+
+    @property
+    def fixes_its_size(self) -> bool:
+        """Whether every rule fixes the ranks of its layers."""
+        return all(rule.fixes_its_size for rule in self.layers)
+
+    def cost_weights(self) -> CostWeights:
+        """The C of the papers: by default the budget's metric, without a budget the parameters."""
+        cost = self.cost
+        if isinstance(cost, CostWeights):
+            return cost
+        metric = cost if cost != "auto" else (self.budget.metric if self.budget else "params")
+        return CostWeights(macs=1.0) if metric == "macs" else CostWeights(params=1.0)
+
+    def on_the_wire(self) -> dict[str, Any]:
+        """The spec as JSON, with the field names a user writes."""
+        return self.model_dump(mode="json", by_alias=True)
+
+
+def parse_spec(raw: object) -> JobSpec:
+    """Read a spec, or raise `SPEC_INVALID`, `TERMS_NOT_DISTINCT` or `SIZE_MISSING` with each wrong place."""
+    if not isinstance(raw, dict):
+        raise ProblemError(
+            ErrorCode.SPEC_INVALID, f"a spec is a JSON object such as {{'budget': …}}; found {type(raw).__name__}"
+        )
+    try:
+        return JobSpec.model_validate(raw)
+    except ValidationError as error:
+        details = error.errors(include_url=False, include_context=True)
+        # Of a union's complaints the one that reaches deepest is the branch the user meant.
+        errors = sorted((_field_error(detail) for detail in details), key=lambda item: -item.pointer.count("/"))
+        known = [ErrorCode(item.code) for item in errors if item.code in ErrorCode.__members__]
+        code = known[0] if known else ErrorCode.SPEC_INVALID
+        first = errors[0]
+        more = f" (and {len(errors) - 1} more, see errors)" if len(errors) > 1 else ""
+        where = f"{first.pointer}: " if first.pointer else ""
+        raise ProblemError(code, f"{where}{first.message}{more}", errors=errors) from None
+
+
+_UNION_TAGS = frozenset({"constrained-float", "constrained-int", "int", "float", "str", "literal['auto']"})
+
+
+def _field_error(detail: ErrorDetails) -> FieldError:
+    """Turn pydantic's location into a JSON pointer of the user's own document: without the names of unions."""
+    parts = [
+        str(part)
+        for part in detail["loc"]
+        if isinstance(part, int) or (part.islower() and part not in _UNION_TAGS and "[" not in part)
+    ]
+    if detail["type"] == "unknown_field":
+        parts.append(str(detail["ctx"]["field"]))
+    pointer = "".join(f"/{part.replace('~', '~0').replace('/', '~1')}" for part in parts)
+    found = detail.get("input")
+    shown = f"; found {found!r}" if isinstance(found, (str, int, float, bool)) or found is None else ""
+    shown = "" if detail["type"] in {"unknown_field", "missing"} or len(shown) > 100 else shown
+    return FieldError(pointer=pointer, code=detail["type"], message=f"{detail['msg']}{shown}")
