@@ -1,0 +1,184 @@
+"""The words between a supervisor and its child: one JSON line each, over pipes, without torch on either side.
+
+The supervisor writes one `Assignment` to the child's standard input and keeps it open; when it closes, the child
+exits. The child writes messages to the file descriptor named in `RANKPRESS_CHANNEL_FD`. What a child says is not
+trusted: a line that is too long or does not parse ends the attempt, never the supervisor.
+"""
+
+import os
+from typing import Annotated, Any, BinaryIO, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+
+from service.contract.errors import ErrorCode, Problem, ProblemError
+from service.contract.events import EventKind, Progress
+from service.contract.plan import LayerFacts, RankRow
+
+CHANNEL_FD_VARIABLE = "RANKPRESS_CHANNEL_FD"
+LINE_BYTES_MAX = 64 * 1024 * 1024  # rank rows of a network with thousands of layers fit many times over
+
+
+class _Message(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class Assignment(_Message):
+    """What one child is to do; every path is local to this machine."""
+
+    stage: Literal["learn", "emit", "verify"]
+    job_id: str
+    epoch: int
+    model_path: str
+    data_path: str | None = None
+    data_format: Literal["npz", "safetensors"] | None = None
+    spec: dict[str, Any]
+    work_dir: str  # this attempt's own directory; the stages hand each other files in it
+    resume_path: str | None = None  # a checkpoint file, for "learn"
+    thread_count: int = 1
+    device: str = "auto"  # "cpu", or "cuda" with CUDA_VISIBLE_DEVICES set to one GPU
+    memory_bytes_max: int | None = None
+    first_forward_seconds: float = 60.0
+    hashes: dict[str, str] = {}  # SHA-256 of model, data, spec
+
+
+class PhaseMessage(_Message):
+    """The child entered a phase."""
+
+    type: Literal["phase"] = "phase"
+    phase: str
+
+
+class LayersMessage(_Message):
+    """The layers of the reference, said once."""
+
+    type: Literal["layers"] = "layers"
+    layers: list[LayerFacts]
+
+
+class RanksMessage(_Message):
+    """Rank configurations that changed at a C step, or the final choice."""
+
+    type: Literal["ranks"] = "ranks"
+    rows: list[RankRow]
+
+
+class ResolvedMessage(_Message):
+    """The spec with further `auto` values replaced."""
+
+    type: Literal["resolved"] = "resolved"
+    spec: dict[str, Any]
+
+
+class ProgressMessage(_Message):
+    """How far the job is."""
+
+    type: Literal["progress"] = "progress"
+    progress: Progress
+
+
+class EventMessage(_Message):
+    """One line for the job's history."""
+
+    type: Literal["event"] = "event"
+    kind: EventKind
+    data: dict[str, Any]
+
+
+class CheckpointMessage(_Message):
+    """A checkpoint file lies complete and synced at `path`; it counts once its row is written."""
+
+    type: Literal["checkpoint"] = "checkpoint"
+    path: str
+    sha256: str
+    bytes: int
+    step: int
+
+
+class DoneMessage(_Message):
+    """The stage ended well; `result` is what the stage hands to the supervisor."""
+
+    type: Literal["done"] = "done"
+    result: dict[str, Any] = {}
+
+
+class FailedMessage(_Message):
+    """The stage ended with a problem; `permanent` problems are not tried again."""
+
+    type: Literal["failed"] = "failed"
+    problem: Problem
+    permanent: bool = True
+
+
+Message = Annotated[
+    PhaseMessage
+    | LayersMessage
+    | RanksMessage
+    | ResolvedMessage
+    | ProgressMessage
+    | EventMessage
+    | CheckpointMessage
+    | DoneMessage
+    | FailedMessage,
+    Field(discriminator="type"),
+]
+_MESSAGES: TypeAdapter[Message] = TypeAdapter(Message)
+
+
+def parse_message(line: bytes) -> Message:
+    """Read one line of a child.
+
+    Raises
+    ------
+    ProblemError
+        ``INTERNAL`` when the line is not a message.
+    """
+    try:
+        return _MESSAGES.validate_json(line)
+    except ValueError as error:
+        shown = line[:200].decode("utf-8", "replace")
+        raise ProblemError(ErrorCode.INTERNAL, f"the child wrote a line that is no message: {shown}") from error
+
+
+class MessageWriter:
+    """The child's end: writes messages line by line, each in one go."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream = stream
+
+    @classmethod
+    def from_environment(cls) -> "MessageWriter":
+        """Open the descriptor that the supervisor passed."""
+        return cls(os.fdopen(int(os.environ[CHANNEL_FD_VARIABLE]), "wb", buffering=0))
+
+    def send(self, message: BaseModel) -> None:
+        """Write one message; blocks while the supervisor's pipe is full."""
+        line = message.model_dump_json().encode() + b"\n"
+        view = memoryview(line)
+        while view:
+            written = self._stream.write(view)
+            view = view[written:]
+
+
+def failure(error: ProblemError, *, permanent: bool = True) -> FailedMessage:
+    """Say a problem over the channel."""
+    return FailedMessage(problem=error.problem(), permanent=permanent)
+
+
+__all__ = [
+    "CHANNEL_FD_VARIABLE",
+    "LINE_BYTES_MAX",
+    "Assignment",
+    "CheckpointMessage",
+    "DoneMessage",
+    "EventMessage",
+    "FailedMessage",
+    "LayersMessage",
+    "Message",
+    "MessageWriter",
+    "PhaseMessage",
+    "ProgressMessage",
+    "RanksMessage",
+    "ResolvedMessage",
+    "failure",
+    "parse_message",
+]
