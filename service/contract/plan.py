@@ -14,8 +14,9 @@ class Form(StrEnum):
     SPATIAL_TRANSPOSED = "spatial_transposed"
     MATRIX = "matrix"
     CHUNKED = "chunked"
+    CONTRACTED = "contracted"  # any other split along the weight's own axes, as two factored operators
     SUM = "sum"
-    COMPOSED = "composed"
+    COMPOSED = "composed"  # the weight is rebuilt from its factors: fewer parameters, the dense multiply-adds
 
 
 class ReasonCode(StrEnum):

@@ -1,0 +1,170 @@
+"""Reshapes: the elements of a weight read as another p×q matrix.
+
+A reshape views the weight's axes, parts them by a permutation into row axes and column axes, and reads the result as
+a matrix (Idelbayev and Carreira-Perpiñán, DCC 2021). The named reshapes are instances of this one class, and so is
+the example of the authors' slides: 3×4 → 2×6 is ``view=(2, 3, 2), permute=(0, 2, 1), matrix=(2, 6)``.
+"""
+
+from dataclasses import dataclass
+from math import isqrt, prod
+
+import torch
+from torch import Tensor
+
+from service.contract.terms import GeneralReshape, LowRankTermSpec, NamedReshape
+
+OUT, IN, HEIGHT, WIDTH = 0, 1, 2, 3  # axes of a convolution's weight; a linear layer has the first two
+
+
+@dataclass(frozen=True)
+class SubAxis:
+    """A factor of one axis of the weight: `axis` is the weight's axis, `size` its length, `place` its order there."""
+
+    axis: int
+    place: int
+    size: int
+
+
+@dataclass(frozen=True)
+class Reshape:
+    """View, permute, and read as a matrix.
+
+    Parameters
+    ----------
+    view : tuple of int
+        Shape of the view; its product is the number of elements of the weight.
+    permute : tuple of int
+        Order of the view's axes before they are read as a matrix.
+    matrix : tuple of (int, int)
+        Rows p and columns q of the matrix.
+    """
+
+    view: tuple[int, ...]
+    permute: tuple[int, ...]
+    matrix: tuple[int, int]
+
+    def to_matrix(self, weight: Tensor) -> Tensor:
+        """Read a weight of any shape with prod(view) elements as the ``(p, q)`` matrix."""
+        return weight.reshape(self.view).permute(self.permute).reshape(self.matrix)
+
+    def to_weight(self, matrix: Tensor, weight_shape: tuple[int, ...]) -> Tensor:
+        """Undo `to_matrix`: the weight of shape `weight_shape` whose reshape is `matrix`."""
+        permuted = [self.view[axis] for axis in self.permute]
+        inverse = [self.permute.index(axis) for axis in range(len(self.permute))]
+        return matrix.reshape(permuted).permute(inverse).reshape(weight_shape)
+
+    def split(self, weight_shape: tuple[int, ...]) -> tuple[tuple[SubAxis, ...], tuple[SubAxis, ...]] | None:
+        """Part the weight's own axes into row axes and column axes.
+
+        Returns
+        -------
+        (rows, columns) or None
+            None when the view cuts across the weight's axes or the matrix across the view's: then no factored
+            operator computes the term, and its weight must be composed.
+        """
+        axes = _factor_axes(self.view, weight_shape)
+        if axes is None:
+            return None
+        ordered = [axes[position] for position in self.permute]
+        rows: list[SubAxis] = []
+        while prod(axis.size for axis in rows) < self.matrix[0]:
+            rows.append(ordered[len(rows)])
+        if prod(axis.size for axis in rows) != self.matrix[0]:
+            return None
+        return tuple(rows), tuple(ordered[len(rows) :])
+
+    def key(self, weight_shape: tuple[int, ...]) -> object:
+        """Equal for two reshapes exactly when a low-rank matrix under one is a low-rank matrix under the other."""
+        split = self.split(weight_shape)
+        if split is None:
+            return self
+        sides = [frozenset((axis.axis, axis.place, axis.size) for axis in side if axis.size > 1) for side in split]
+        return frozenset(sides)
+
+
+def _factor_axes(view: tuple[int, ...], weight_shape: tuple[int, ...]) -> list[SubAxis] | None:
+    """Assign each axis of the view to the one axis of the weight that it is a factor of, if there is one."""
+    axes: list[SubAxis] = []
+    position = 0
+    for axis, length in enumerate(weight_shape):
+        place, held = 0, 1
+        while held < length or (held == length == 1 and place == 0 and position < len(view) and view[position] == 1):
+            if position == len(view):
+                return None
+            axes.append(SubAxis(axis, place, view[position]))
+            held *= view[position]
+            position += 1
+            place += 1
+        if held != length:
+            return None
+    trailing = view[position:]
+    if any(size != 1 for size in trailing):
+        return None
+    axes.extend(SubAxis(len(weight_shape) - 1, len(axes) + extra, 1) for extra in range(len(trailing)))
+    return axes
+
+
+def named_reshape(name: NamedReshape, weight_shape: tuple[int, ...], chunks: int | str = "auto") -> Reshape | None:
+    """Make a named reshape for one weight (methods L.3), or None where it does not apply to the layer's kind.
+
+    Parameters
+    ----------
+    name : str
+        ``matrix`` (a linear layer or a 1×1 convolution), ``channel``, ``spatial``, ``spatial_transposed`` (2-D
+        convolutions) or ``chunked`` (linear layers; transposed when the layer is taller than wide).
+    weight_shape : tuple of int
+        ``(m, n)`` of a linear layer or ``(n, c, kh, kw)`` of a convolution.
+    chunks : int or "auto"
+        Number of chunks of ``chunked``; auto is the divisor above 1 that makes the matrix most nearly square.
+    """
+    if name == "chunked":
+        return _chunked(weight_shape, chunks)
+    if name == "matrix":
+        rows, columns = weight_shape[0], prod(weight_shape[1:])
+        applies = len(weight_shape) == 2 or (len(weight_shape) == 4 and weight_shape[2:] == (1, 1))
+        return Reshape(weight_shape, tuple(range(len(weight_shape))), (rows, columns)) if applies else None
+    if len(weight_shape) != 4:
+        return None
+    n, c, kh, kw = weight_shape
+    permute, matrix = {
+        "channel": ((OUT, IN, HEIGHT, WIDTH), (n, c * kh * kw)),
+        "spatial": ((OUT, HEIGHT, IN, WIDTH), (n * kh, c * kw)),
+        "spatial_transposed": ((OUT, WIDTH, IN, HEIGHT), (n * kw, c * kh)),
+    }[name]
+    return Reshape(weight_shape, permute, matrix)
+
+
+def _chunked(weight_shape: tuple[int, ...], chunks: int | str) -> Reshape | None:
+    if len(weight_shape) != 2:
+        return None
+    m, n = weight_shape
+    tall = m > n
+    longer, shorter = max(m, n), min(m, n)
+    s = chunks if isinstance(chunks, int) else best_chunks(longer, shorter)
+    if s is None or longer % s:
+        return None
+    if tall:  # the same on the transpose: rows are m/s, columns s·n
+        return Reshape((s, m // s, n), (1, 0, 2), (m // s, s * n))
+    return Reshape((m, s, n // s), (0, 1, 2), (m * s, n // s))
+
+
+def best_chunks(longer: int, shorter: int) -> int | None:
+    """Return the divisor s ≥ 2 of `longer` with the fewest parameters per rank, shorter·s + longer/s; None if prime."""
+    divisors = [d for low in range(1, isqrt(longer) + 1) if longer % low == 0 for d in (low, longer // low)]
+    candidates = sorted(s for s in divisors if 2 <= s < longer)
+    return min(candidates, key=lambda s: (shorter * s + longer // s, s), default=None)
+
+
+def reshape_of(term: LowRankTermSpec, weight_shape: tuple[int, ...]) -> Reshape | None:
+    """Make the reshape that a term of the spec asks for, or None where it does not apply to this weight."""
+    if isinstance(term.reshape, GeneralReshape):
+        general = term.reshape
+        if prod(general.view) != prod(weight_shape):
+            return None
+        return Reshape(tuple(general.view), tuple(general.permute), (general.matrix[0], general.matrix[1]))
+    return named_reshape(term.reshape, weight_shape, term.chunks)
+
+
+def compose(left: Tensor, right: Tensor, reshape: Reshape, weight_shape: tuple[int, ...]) -> Tensor:
+    """Weight of shape `weight_shape` from factors ``left`` (p, r) and ``right`` (r, q)."""
+    return reshape.to_weight(torch.matmul(left, right), weight_shape)
