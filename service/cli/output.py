@@ -1,0 +1,27 @@
+"""What the command writes: results on standard output, everything else on standard error."""
+
+import json
+from typing import Any
+
+import click
+
+from service.contract.errors import Problem
+
+
+def print_json(document: Any) -> None:
+    """Write one JSON document to standard output."""
+    click.echo(json.dumps(document, indent=2, ensure_ascii=False))
+
+
+def print_problem(problem: Problem) -> None:
+    """Write a problem and each of its places to standard error."""
+    click.echo(f"{click.style('error', fg='red')}: {problem.code.value}: {problem.detail}", err=True)
+    for item in problem.errors:
+        click.echo(f"  {item.pointer or '/'}: {item.message}", err=True)
+    if problem.request_id:
+        click.echo(f"  request id: {problem.request_id}", err=True)
+
+
+def note(text: str) -> None:
+    """Write a line to standard error."""
+    click.echo(text, err=True)

@@ -1,0 +1,126 @@
+"""What a finished job's report looks like in a terminal."""
+
+from collections.abc import Sequence
+
+from service.cli.tables import count, percent, table
+from service.contract.plan import Form, LayerPlan, RankRow
+from service.contract.report import Measured, PairedDifference, Report
+
+_SHARES = frozenset({"accuracy", "agreement"})
+_ERROR_DIGITS = 3
+
+
+def report_text(report: Report) -> str:
+    """The reference against the compressed network, the layer plan, and the warnings."""
+    parts = [comparison(report), layer_table(report.layers)]
+    if report.budget is not None:
+        budget = report.budget
+        parts.insert(
+            1,
+            f"budget: at most {count(budget.limit)} {budget.metric} ({percent(budget.fraction_limit)}); "
+            f"reached {count(budget.reached)} ({percent(budget.fraction_reached)})",
+        )
+    warnings = [f"warning: {item.code}: {item.message}" for item in report.warnings]
+    parts.extend(["\n".join(warnings)] if warnings else [])
+    return "\n\n".join(part for part in parts if part)
+
+
+def comparison(report: Report) -> str:
+    """The table of sizes, scores and times."""
+    reference, compressed = report.reference, report.compressed
+    rows = [
+        ("params", count(reference.params), count(compressed.params), percent(report.params_fraction)),
+        ("MACs", count(reference.macs), count(compressed.macs), percent(report.macs_fraction)),
+        ("file bytes", count(reference.file_bytes), count(compressed.file_bytes), percent(report.file_bytes_fraction)),
+        *_scores(report),
+        *_latencies(reference, compressed),
+    ]
+    return table(("", "reference", "compressed", "compressed / reference"), rows, right=frozenset({1, 2}))
+
+
+def _scores(report: Report) -> list[tuple[str, str, str, str]]:
+    differences = {item.name: item for item in report.differences}
+    rows = []
+    for name, before, after in (
+        (report.metric_name, report.reference.metric, report.compressed.metric),
+        ("loss", report.reference.loss, report.compressed.loss),
+    ):
+        if name is not None and after is not None:
+            difference = differences.get(name)
+            rows.append((name, _score(name, before), _score(name, after), _interval(difference) if difference else ""))
+    return rows
+
+
+def _score(name: str, value: float | None) -> str:
+    if value is None:
+        return "–"
+    return f"{100 * value:.2f} %" if name in _SHARES else f"{value:.5g}"
+
+
+def _interval(item: PairedDifference) -> str:
+    scale, unit, digits = (100.0, " points", ".2f") if item.name in _SHARES else (1.0, "", ".4g")
+    difference, low, high = (f"{scale * value:+{digits}}" for value in (item.difference, item.low, item.high))
+    return f"{difference}{unit}  [{low}, {high}] at {100 * item.confidence:.0f} %, n = {item.samples}"
+
+
+def _latencies(reference: Measured, compressed: Measured) -> list[tuple[str, str, str, str]]:
+    after = {item.batch_size: item.median_ms for item in compressed.latencies}
+    rows = []
+    for item in reference.latencies:
+        if item.batch_size in after:
+            now = after[item.batch_size]
+            slower = "  slower than the reference" if now > item.median_ms else ""
+            ratio = percent(now / item.median_ms) if item.median_ms > 0 else "–"
+            rows.append(
+                (f"latency, batch {item.batch_size}", f"{item.median_ms:.3f} ms", f"{now:.3f} ms", ratio + slower)
+            )
+    return rows
+
+
+def layer_table(layers: Sequence[LayerPlan]) -> str:
+    """One line per layer: what it became, at which ranks, cost and error, or why it stayed dense."""
+    rows = [
+        (
+            layer.name,
+            layer.kind,
+            layer.form.value,
+            ranks_text(layer),
+            count(layer.macs),
+            count(layer.compressed_macs),
+            f"{layer.relative_error:.{_ERROR_DIGITS}f}" if layer.form is not Form.DENSE else "–",
+            layer.reason.value if layer.reason else "",
+        )
+        for layer in layers
+    ]
+    head = ("layer", "kind", "form", "ranks", "MACs before", "MACs after", "error", "reason")
+    return table(head, rows, right=frozenset({4, 5, 6})) if rows else ""
+
+
+def ranks_text(layer: LayerPlan) -> str:
+    """The ranks of the terms that stand, with their forms where there are several."""
+    terms = [term for term in layer.terms if term.rank]
+    if layer.form is Form.DENSE or not terms:
+        return "–"
+    if len(terms) == 1:
+        return str(terms[0].rank)
+    return " + ".join(f"{term.form.value} {term.rank}" for term in terms)
+
+
+def history_table(rows: Sequence[RankRow]) -> str:
+    """Every rank configuration that stood, in the order of the C steps."""
+    lines = [
+        (
+            str(row.step),
+            row.layer,
+            str(row.term),
+            row.form.value,
+            "–" if row.rank is None else str(row.rank),
+            count(row.params),
+            count(row.macs),
+            f"{row.relative_error:.{_ERROR_DIGITS}f}",
+            "chosen" if row.chosen else "",
+        )
+        for row in rows
+    ]
+    head = ("step", "layer", "term", "form", "rank", "params", "MACs", "error", "")
+    return table(head, lines, right=frozenset({0, 4, 5, 6, 7}))
