@@ -1,0 +1,241 @@
+"""What a model costs: one forward of a sample gives every layer's shapes and multiply-adds, and the total."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from service.contract.errors import ErrorCode, ProblemError
+from service.contract.plan import ReasonCode
+from worker.engine.network.graphs import Graph, Value, method_names, open_graph, read_graph
+from worker.engine.network.layers import Layer, Shape, count_distinct, layers_of
+from worker.engine.network.load import reload, trim_reason
+from worker.engine.network.sites import Site, all_parameters, scan_methods
+
+# A slice of everything, written with an end that no honest program uses, leaves its tensor as it is and shows up in
+# the dispatcher with the number of the layer and whether the layer begins or ends.
+_MARK = 2**63 - 1 - 1_000_003
+_RECURRENT = frozenset({"lstm", "gru", "rnn_tanh", "rnn_relu"})
+_SHAPE_COMPLAINTS = re.compile(
+    r"shapes cannot be multiplied|to have \d+ channels|expected [\w\[\]/ ()]*\dD|Expected (at most|at least)|"
+    r"missing value for argument|must match the size of tensor|is invalid for input of size|expected scalar type|"
+    r"have the same dtype|Kernel size can't be greater|Output size is too small|Expected value of type|"
+    r"expected a value of type|Unknown keyword argument|normalized_shape|should be the same",
+    re.IGNORECASE,
+)
+
+
+@dataclass(frozen=True)
+class Census:
+    """What one forward of one sample showed.
+
+    Attributes
+    ----------
+    layers : list of Layer
+        Every layer, with the shapes of each call and its MACs.
+    total_macs : int
+        Multiply-adds of all operators: torch.utils.flop_counter's total / 2.
+    total_params : int
+        numel over all parameters; one that is shared counts once.
+    output : object
+        The structure of the output: {"type": "tensor", "shape": [...], "dtype": ...}, and lists and maps of such.
+    """
+
+    layers: list[Layer]
+    total_macs: int
+    total_params: int
+    output: dict[str, Any] = field(default_factory=dict)
+
+
+def take_census(module: torch.jit.ScriptModule, example_inputs: Sequence[torch.Tensor]) -> Census:
+    """Run one sample through a copy of the model and count what each layer did.
+
+    Parameters
+    ----------
+    module : torch.jit.ScriptModule
+        The model; it is neither run nor changed.
+    example_inputs : sequence of Tensor
+        The arguments of `forward` for a batch of one sample, on the model's device.
+
+    Returns
+    -------
+    Census
+        Layers that can be replaced but did not run carry the reason `NOT_EXECUTED`; those whose shapes could not be
+        seen, `COST_UNKNOWN`.
+
+    Raises
+    ------
+    ProblemError
+        `MODEL_RAISED` with the model's own message, `INPUT_SHAPE_MISMATCH` where the message is about shapes or types,
+        `OUT_OF_MEMORY`.
+    """
+    copy = reload(module)
+    methods = scan_methods(copy, {name: read_graph(copy, name) for name in method_names(copy)})
+    layers = layers_of(copy, methods)
+    sites = scan_methods(copy, {"forward": open_graph(copy, "forward")})["forward"]
+    marked = [site for site in sites.sites if site.input_at is not None]
+    for number, site in enumerate(marked):
+        _mark(sites.graph, site, number)
+    log = _CallLog()
+    try:
+        output, flops = _run(reload(copy), example_inputs, log)
+    except ProblemError:
+        # A mark fails on a tensor without dimensions; whether the model itself fails is what matters.
+        log = _CallLog()
+        output, flops = _run(reload(module), example_inputs, log)
+    records: dict[str, list[_Call]] = {site.layer: [] for site in marked} | log.by_layer(marked)
+    return Census(
+        layers=[_with_calls(layer, records.get(layer.name), seen=log.count > 0) for layer in layers],
+        total_macs=flops // 2,
+        total_params=count_params(module),
+        output=describe_output(output),
+    )
+
+
+def count_macs(module: torch.jit.ScriptModule, example_inputs: Sequence[torch.Tensor]) -> int:
+    """Count the multiply-adds of one forward, as torch.utils.flop_counter's total / 2.
+
+    Parameters
+    ----------
+    module : torch.jit.ScriptModule
+        The model; a copy of it is run, in eval mode.
+    example_inputs : sequence of Tensor
+        The arguments of `forward` for a batch of one sample.
+
+    Returns
+    -------
+    int
+        MACs of all operators.
+
+    Raises
+    ------
+    ProblemError
+        As `take_census`.
+    """
+    return _run(reload(module), example_inputs, _CallLog())[1] // 2
+
+
+def count_params(module: torch.jit.ScriptModule) -> int:
+    """Count numel over all parameters, biases and norms included; one that is shared counts once."""
+    return count_distinct(all_parameters(module).values())
+
+
+def describe_output(output: object) -> dict[str, Any]:
+    """Describe the structure of a model's output: tensors with shape and dtype inside tuples, lists and maps."""
+    if isinstance(output, torch.Tensor):
+        return {"type": "tensor", "shape": list(output.shape), "dtype": str(output.dtype).removeprefix("torch.")}
+    if isinstance(output, dict):
+        return {"type": "dict", "items": {str(key): describe_output(value) for key, value in output.items()}}
+    if isinstance(output, (tuple, list)):
+        kind = "tuple" if isinstance(output, tuple) else "list"
+        return {"type": kind, "items": [describe_output(value) for value in output]}
+    return {"type": "none" if output is None else type(output).__name__}
+
+
+@dataclass
+class _Call:
+    number: int
+    input_shape: Shape
+    output_shape: Shape
+    macs: int
+
+
+class _CallLog(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes, at each mark, which layer begins or ends, the tensor's shape, and the count so far."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.counter = FlopCounterMode(display=False)
+        self.calls: list[_Call] = []
+        self.count = 0
+        self._open: dict[int, tuple[Shape, int]] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.slice.Tensor and len(args) > 3 and isinstance(args[3], int):
+            number, ends = divmod(_MARK - args[3], 2)
+            if 0 <= number < 1_000_000 // 2 and args[3] <= _MARK:
+                self._note(number, ends=bool(ends), shape=tuple(args[0].shape))
+        return result
+
+    def _note(self, number: int, *, ends: bool, shape: Shape) -> None:
+        flops = self.counter.get_total_flops()
+        self.count += 1
+        if not ends:
+            self._open[number] = (shape, flops)
+        elif number in self._open:
+            input_shape, before = self._open.pop(number)
+            self.calls.append(_Call(number, input_shape, shape, (flops - before) // 2))
+
+    def by_layer(self, marked: Sequence[Site]) -> dict[str, list[_Call]]:
+        """Gather the calls by layer name, in the order in which they ran."""
+        found: dict[str, list[_Call]] = {}
+        for call in self.calls:
+            found.setdefault(marked[call.number].layer, []).append(call)
+        return found
+
+
+def _mark(graph: Graph, site: Site, number: int) -> None:
+    graph.setInsertPoint(site.node)
+    begins = _whole_slice(graph, site.input, _MARK - 2 * number)
+    begins.insertBefore(site.node)
+    site.node.replaceInput(site.input_at, begins.output())
+    ends = _whole_slice(graph, site.output, _MARK - 2 * number - 1)
+    ends.insertAfter(site.node)
+    site.output.replaceAllUsesWith(ends.output())
+    ends.replaceInput(0, site.output)
+
+
+def _whole_slice(graph: Graph, value: Value, end: int) -> Any:
+    zero, one, last = (graph.insertConstant(number) for number in (0, 1, end))
+    node = graph.create("aten::slice", [value, zero, zero, last, one], 1)
+    node.output().setType(value.type())
+    return node
+
+
+def _run(copy: torch.jit.ScriptModule, example_inputs: Sequence[torch.Tensor], log: _CallLog) -> tuple[Any, int]:
+    copy.eval()
+    try:
+        # The counter reads 0 under inference_mode.
+        with torch.no_grad(), log, log.counter:
+            output = copy(*example_inputs)
+    except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AssertionError, NotImplementedError) as error:
+        raise _forward_problem(error, example_inputs) from error
+    return output, int(log.counter.get_total_flops())
+
+
+def _forward_problem(error: Exception, example_inputs: Sequence[torch.Tensor]) -> ProblemError:
+    reason = trim_reason(error)
+    given = ", ".join(f"{str(x.dtype).removeprefix('torch.')}{list(x.shape)}" for x in example_inputs)
+    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in reason:
+        return ProblemError(ErrorCode.OUT_OF_MEMORY, f"One sample ({given}) needs more memory than there is: {reason}.")
+    if _SHAPE_COMPLAINTS.search(reason):
+        return ProblemError(
+            ErrorCode.INPUT_SHAPE_MISMATCH,
+            f"The model does not accept inputs {given}: {reason}. Check the data's shape, layout and dtype, "
+            "or example_inputs.",
+        )
+    return ProblemError(ErrorCode.MODEL_RAISED, f"The model's forward raised for inputs {given}: {reason}.")
+
+
+def _with_calls(layer: Layer, calls: list[_Call] | None, *, seen: bool) -> Layer:
+    if calls is None:
+        unknown = ReasonCode.NOT_EXECUTED if seen else ReasonCode.COST_UNKNOWN
+        return replace(layer, reason=layer.reason or unknown)
+    if not calls:
+        return replace(layer, macs=0, reason=layer.reason or ReasonCode.NOT_EXECUTED)
+    macs = sum(call.macs for call in calls)
+    return replace(
+        layer,
+        call_shapes=tuple((call.input_shape, call.output_shape) for call in calls),
+        calls=len(calls),
+        # Some recurrent kernels are one operator that the counter has no formula for.
+        macs=None if macs == 0 and layer.kind in _RECURRENT else macs,
+        reason=layer.reason or (ReasonCode.COST_UNKNOWN if macs == 0 else None),
+    )

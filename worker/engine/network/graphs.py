@@ -1,0 +1,109 @@
+"""Reading TorchScript graphs: methods, nodes in nested blocks, attribute chains, constants."""
+
+from collections.abc import Iterator
+from typing import Any, TypeAlias
+
+import torch
+
+# torch._C has no complete stubs for its graph classes; these names say which one is meant.
+Graph: TypeAlias = Any
+Block: TypeAlias = Any
+Node: TypeAlias = Any
+Value: TypeAlias = Any
+
+_TRANSPARENT = frozenset({"prim::unchecked_cast", "prim::unchecked_unwrap_optional", "aten::_unwrap_optional"})
+
+
+def method_names(module: torch.jit.ScriptModule) -> list[str]:
+    """List the methods of the root module, `forward` first, the others in their own order."""
+    names = list(module._c._method_names())
+    return sorted(names, key=lambda name: name != "forward")
+
+
+def read_graph(module: torch.jit.ScriptModule, method: str) -> Graph:
+    """Copy a method's graph with all calls inlined; the module stays as it is."""
+    graph = module._c._get_method(method).graph.copy()
+    torch._C._jit_pass_inline(graph)
+    return graph
+
+
+def open_graph(module: torch.jit.ScriptModule, method: str) -> Graph:
+    """Inline a method's own graph in place, ready to be edited."""
+    graph = module._c._get_method(method).graph
+    torch._C._jit_pass_inline(graph)
+    return graph
+
+
+def walk(block: Graph | Block) -> Iterator[Node]:
+    """Yield every node of a graph or block, nested blocks included, in program order."""
+    for node in block.nodes():
+        yield node
+        for inner in node.blocks():
+            yield from walk(inner)
+
+
+def self_value(graph: Graph) -> Value:
+    """Return the graph's first input: the module that the method belongs to."""
+    return next(iter(graph.inputs()))
+
+
+def see_through(value: Value) -> Value:
+    """Step back over casts that leave a tensor as it is."""
+    while value.node().kind() in _TRANSPARENT:
+        value = value.node().inputsAt(0)
+    return value
+
+
+def attribute_chain(value: Value, root: Value) -> str | None:
+    """Return the dotted name of an attribute reached from `root` by `prim::GetAttr` alone, else None."""
+    names: list[str] = []
+    value = see_through(value)
+    while value.debugName() != root.debugName():
+        node = value.node()
+        if node.kind() != "prim::GetAttr":
+            return None
+        names.append(node.s("name"))
+        value = node.inputsAt(0)
+    return ".".join(reversed(names)) or None
+
+
+def attribute(module: torch.jit.ScriptModule, chain: str) -> Any:
+    """Look up a dotted attribute on the compiled module (parameters, buffers, plain values, submodules)."""
+    found: Any = module._c
+    for name in chain.split("."):
+        found = found.getattr(name)
+    return found
+
+
+def constant(module: torch.jit.ScriptModule, value: Value, root: Value) -> Any:
+    """Evaluate a value that does not depend on the inputs: constants, lists of them, attributes.
+
+    Raises
+    ------
+    LookupError
+        The value is computed while the model runs.
+    """
+    value = see_through(value)
+    node = value.node()
+    if node.kind() == "prim::Constant":
+        return value.toIValue()
+    if node.kind() in {"prim::ListConstruct", "prim::TupleConstruct"}:
+        return [constant(module, item, root) for item in node.inputs()]
+    chain = attribute_chain(value, root)
+    if chain is None:
+        raise LookupError(f"{node.kind()} is computed while the model runs")
+    return attribute(module, chain)
+
+
+def is_tensor(value: Value) -> bool:
+    """Tell whether a value is typed as a plain (not optional) tensor."""
+    return bool(value.type().kind() == "TensorType")
+
+
+def source_line(node: Node) -> str:
+    """Return where in the user's own source a node stands, as 'file, line n: code', or '' when unknown."""
+    lines = [line for line in node.sourceRange().splitlines() if line.strip()]
+    place = next((line.strip() for line in lines if line.lstrip().startswith("File ")), "")
+    marked = next((index for index, line in enumerate(lines) if "HERE" in line and "~" in line), 0)
+    code = lines[marked - 1].strip() if marked else ""
+    return f"{place}: {code}" if place and code else place or code
