@@ -1,0 +1,55 @@
+"""One call of a network that may be anybody's: its outputs as a flat tuple, its failures as problems."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from service.contract.errors import ErrorCode, ProblemError
+
+_MESSAGE_CHARACTERS_MAX = 1200
+
+
+def call(module: torch.jit.ScriptModule, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Run ``forward`` and flatten what it returns: a tensor, or tuples, lists and dicts of tensors.
+
+    Raises
+    ------
+    ProblemError
+        ``MODEL_RAISED`` with the end of the network's own message; ``MODEL_UNSUPPORTED`` when an output is no tensor.
+        Running out of memory is left as it is, for the caller to try a smaller batch.
+    """
+    try:
+        raw = module(*inputs)
+    except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AssertionError) as error:
+        if out_of_memory(error):
+            raise
+        shapes = ", ".join(f"{tuple(x.shape)} {str(x.dtype).removeprefix('torch.')}" for x in inputs)
+        message = str(error).strip()[-_MESSAGE_CHARACTERS_MAX:]
+        raise ProblemError(ErrorCode.MODEL_RAISED, f"forward raised for inputs {shapes}: {message}") from None
+    return flatten(raw)
+
+
+def flatten(raw: Any) -> tuple[Tensor, ...]:
+    """Tensors of a nested output, in order; a dict's by its own order."""
+    if isinstance(raw, Tensor):
+        return (raw,)
+    if isinstance(raw, dict):
+        return tuple(tensor for value in raw.values() for tensor in flatten(value))
+    if isinstance(raw, (tuple, list)):
+        return tuple(tensor for value in raw for tensor in flatten(value))
+    if raw is None:
+        return ()
+    raise ProblemError(
+        ErrorCode.MODEL_UNSUPPORTED,
+        f"forward returned a {type(raw).__name__}; expected tensors, or tuples, lists or dicts of tensors",
+    )
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an exception means that an allocation failed, on the device or under the process's limit."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    text = str(error)
+    return isinstance(error, RuntimeError) and ("can't allocate memory" in text or "out of memory" in text)

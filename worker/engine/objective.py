@@ -1,0 +1,189 @@
+"""What training minimises: the task's loss, distillation from the reference's outputs, or both."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from service.contract.errors import ErrorCode, ProblemError
+from service.contract.spec import Objective as ObjectiveSpec
+from worker.engine.data import Dataset
+
+Loss = Literal["cross_entropy", "mse", "distillation"]
+_CHECK_ROWS = 65536
+
+
+class Objective:
+    """Loss of a batch, and the scores of each sample.
+
+    With targets: (1 − d)·task + d·T²·KL(reference ‖ network) for classes, (1 − d)·MSE + d·MSE to the reference for
+    numbers (Hinton et al. 2015; methods L.7). Without targets: the squared error to the reference's outputs, relative
+    to their mean square.
+
+    Parameters
+    ----------
+    spec : ObjectiveSpec
+        Weights and dimensions; `loss` resolved.
+    """
+
+    def __init__(self, spec: ObjectiveSpec) -> None:
+        if spec.loss == "auto":
+            raise ValueError("the loss must be resolved first")
+        self.loss_name: Loss = spec.loss
+        self.spec = spec
+        self.needs_teacher = spec.distillation > 0 or spec.loss == "distillation"
+        self.metric_name = {"cross_entropy": "accuracy", "mse": "mse", "distillation": "relative_output_error"}[
+            self.loss_name
+        ]
+
+    def loss(self, outputs: Sequence[Tensor], targets: Sequence[Tensor], teacher: Sequence[Tensor] | None) -> Tensor:
+        """Mean over the batch of the whole objective; a scalar."""
+        if self.loss_name == "distillation":
+            assert teacher is not None  # noqa: S101  needs_teacher says so
+            return torch.stack([_relative_error(y, t).mean() for y, t in zip(outputs, teacher, strict=True)]).sum()
+        weight = self.spec.distillation if teacher is not None else 0.0
+        total = outputs[0].new_zeros(())
+        for index, target in enumerate(targets):
+            if weight < 1:
+                total = total + (1 - weight) * self._task(outputs[index], target)
+            if weight > 0 and teacher is not None:
+                total = total + weight * self._distilled(outputs[index], teacher[index])
+        return total
+
+    def scores(
+        self, outputs: Sequence[Tensor], targets: Sequence[Tensor], teacher: Sequence[Tensor] | None
+    ) -> tuple[Tensor, Tensor]:
+        """Task loss and metric of each sample, ``(B,)`` float64 both: accuracy, squared error, or relative error."""
+        if self.loss_name == "distillation":
+            assert teacher is not None  # noqa: S101
+            errors = torch.stack([_relative_error(y, t) for y, t in zip(outputs, teacher, strict=True)]).mean(dim=0)
+            return errors.double(), errors.double()
+        losses, metrics = [], []
+        for index, target in enumerate(targets):
+            loss, metric = (
+                self._class_scores(outputs[index], target)
+                if self.loss_name == "cross_entropy"
+                else _square_scores(outputs[index], target)
+            )
+            losses.append(loss)
+            metrics.append(metric)
+        return torch.stack(losses).sum(dim=0).double(), torch.stack(metrics).mean(dim=0).double()
+
+    def check(self, outputs: Sequence[Tensor], dataset: Dataset) -> None:
+        """Hold the outputs of a first forward against the targets of the whole dataset.
+
+        Raises
+        ------
+        ProblemError
+            ``INPUT_SHAPE_MISMATCH`` when shapes do not fit, ``DATASET_INVALID`` when a class is out of range.
+        """
+        if not all(output.is_floating_point() for output in outputs[: max(len(dataset.target_names), 1)]):
+            raise ProblemError(
+                ErrorCode.MODEL_UNSUPPORTED, "forward returns whole numbers; expected floating point outputs"
+            )
+        if len(outputs) < len(dataset.target_names):
+            raise ProblemError(
+                ErrorCode.INPUT_SHAPE_MISMATCH,
+                f"the dataset has {len(dataset.target_names)} target arrays and forward gives {len(outputs)} outputs",
+            )
+        for part in ("train", "select", "report"):
+            for index, array in enumerate(dataset.part(part).targets):
+                self._check_target(dataset.target_names[index], outputs[index], array)
+
+    def _check_target(self, name: str, output: Tensor, array: np.ndarray) -> None:
+        if self.loss_name == "mse":
+            if output.shape[1:].numel() != int(np.prod(array.shape[1:], dtype=np.int64)):
+                raise _misfit(name, output, array.shape, "the same shape")
+            return
+        if output.dim() <= self.spec.class_dim:
+            raise ProblemError(
+                ErrorCode.INPUT_SHAPE_MISMATCH,
+                f"objective.class_dim is {self.spec.class_dim} but the output has {output.dim()} axes",
+            )
+        classes = output.shape[self.spec.class_dim]
+        expected = [size for axis, size in enumerate(output.shape) if axis != self.spec.class_dim][1:]
+        if list(array.shape[1:]) != expected:
+            raise _misfit(name, output, array.shape, f"one class for each position, (samples, {expected or ''})")
+        for start in range(0, len(array), _CHECK_ROWS):
+            block = np.asarray(array[start : start + _CHECK_ROWS])
+            wrong = ((block < 0) | (block >= classes)) & (block != self.spec.ignore_index)
+            if wrong.any():
+                raise ProblemError(
+                    ErrorCode.DATASET_INVALID,
+                    f"array '{name}' holds class {block[wrong].flat[0]}; the network has {classes} classes, so "
+                    f"expected 0 to {classes - 1}, or {self.spec.ignore_index} to leave a sample out",
+                )
+
+    def _task(self, output: Tensor, target: Tensor) -> Tensor:
+        if self.loss_name == "mse":
+            return functional.mse_loss(output, target.reshape(output.shape).to(output.dtype))
+        logits = output.movedim(self.spec.class_dim, 1)
+        return functional.cross_entropy(logits, target, ignore_index=self.spec.ignore_index)
+
+    def _distilled(self, output: Tensor, teacher: Tensor) -> Tensor:
+        if self.loss_name == "mse":
+            return functional.mse_loss(output, teacher)
+        temperature = self.spec.temperature
+        axis = self.spec.class_dim
+        student = functional.log_softmax(output / temperature, dim=axis)
+        wanted = functional.log_softmax(teacher / temperature, dim=axis)
+        divergence = functional.kl_div(student, wanted, reduction="none", log_target=True).sum(dim=axis)
+        return temperature**2 * divergence.mean()
+
+    def _class_scores(self, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        logits = output.movedim(self.spec.class_dim, 1)
+        counted = (
+            (target != self.spec.ignore_index).flatten(1)
+            if target.dim() > 1
+            else (target != self.spec.ignore_index)[:, None]
+        )
+        losses = functional.cross_entropy(logits, target, ignore_index=self.spec.ignore_index, reduction="none")
+        right = logits.argmax(dim=1) == target
+        positions = counted.sum(dim=1).clamp_min(1)
+        loss = (losses.reshape(len(target), -1) * counted).sum(dim=1) / positions
+        return loss, (right.reshape(len(target), -1) & counted).sum(dim=1) / positions
+
+
+def resolve_loss(spec: ObjectiveSpec, dataset: Dataset | None) -> Loss:
+    """Resolve `auto`: whole-number targets mean classes, floating-point targets numbers, none distillation."""
+    if spec.loss == "distillation" or dataset is None:
+        return "distillation"
+    if not dataset.has_targets:
+        if spec.loss != "auto":
+            raise ProblemError(
+                ErrorCode.DATASET_INVALID,
+                f"objective.loss is {spec.loss} but the dataset has no '{dataset.spec.targets}'",
+            )
+        return "distillation"
+    whole = all(array.dtype.kind in "iub" for array in dataset.part("train").targets)
+    if spec.loss == "auto":
+        return "cross_entropy" if whole else "mse"
+    if spec.loss == "cross_entropy" and not whole:
+        raise ProblemError(
+            ErrorCode.DATASET_INVALID, "objective.loss is cross_entropy but the targets are not whole numbers (classes)"
+        )
+    return spec.loss
+
+
+def _relative_error(output: Tensor, reference: Tensor) -> Tensor:
+    """Squared error of each sample over the mean square of the batch's reference outputs; ``(B,)``."""
+    axes = list(range(1, output.dim()))
+    square = (output - reference).square()
+    per_sample = square.mean(dim=axes) if axes else square
+    return per_sample / reference.square().mean().clamp_min(torch.finfo(reference.dtype).tiny)
+
+
+def _square_scores(output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    square = (output - target.reshape(output.shape).to(output.dtype)).square()
+    error = square.reshape(len(output), -1).mean(dim=1)
+    return error, error
+
+
+def _misfit(name: str, output: Tensor, shape: Sequence[int], expected: str) -> ProblemError:
+    return ProblemError(
+        ErrorCode.INPUT_SHAPE_MISMATCH,
+        f"array '{name}' has shape {tuple(shape)}, the network's output {tuple(output.shape)}; expected {expected}",
+    )

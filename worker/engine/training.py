@@ -1,0 +1,188 @@
+"""The one training loop: the L step and the training of the factored network."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from math import isfinite
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from service.contract.errors import ErrorCode, ProblemError
+from service.contract.spec import SgdSpec
+from worker.engine.data import Batch, Dataset, epoch_order
+from worker.engine.forward import call, out_of_memory
+from worker.engine.objective import Objective
+from worker.engine.teacher import Teacher
+
+HALVINGS_MAX = 2  # out of memory halves the batch twice, with gradient accumulation, then fails
+
+
+@dataclass(frozen=True)
+class Penalty:
+    """The pull (μ/2) Σ ‖W − A‖² of the L step, A being Θ + β/μ.
+
+    Parameters
+    ----------
+    weights : sequence of Tensor
+        Parameters W of the compressed layers.
+    anchors : sequence of Tensor
+        A, of the same shapes and dtypes.
+    mu : float
+        μ.
+    """
+
+    weights: Sequence[Tensor]
+    anchors: Sequence[Tensor]
+    mu: float
+
+    def add_gradient(self) -> None:
+        """Add μ(W − A) to the gradients in place."""
+        if not self.weights:
+            return
+        differences = torch._foreach_sub(list(self.weights), list(self.anchors))
+        gradients = [torch.zeros_like(w) if w.grad is None else w.grad for w in self.weights]
+        torch._foreach_add_(gradients, differences, alpha=self.mu)
+        for weight, gradient in zip(self.weights, gradients, strict=True):
+            weight.grad = gradient
+
+    def value(self) -> float:
+        """(μ/2) Σ ‖W − A‖²."""
+        with torch.no_grad():
+            return (
+                0.5
+                * self.mu
+                * sum(float((w - a).square().sum()) for w, a in zip(self.weights, self.anchors, strict=True))
+            )
+
+
+@dataclass
+class Trainer:
+    """Trains one network on the train part of a dataset.
+
+    Parameters
+    ----------
+    module : ScriptModule
+        The network; its parameters are ordinary leaves.
+    dataset : Dataset
+        Parts and batches.
+    objective : Objective
+        What is minimised.
+    teacher : Teacher or None
+        The reference's outputs.
+    spec : SgdSpec
+        The optimiser.
+    batch_size : int
+        Samples of one update.
+    seed : int
+        Of the order of samples and of dropout.
+    device : torch.device
+        Where the network stands.
+    """
+
+    module: torch.jit.ScriptModule
+    dataset: Dataset
+    objective: Objective
+    teacher: Teacher | None
+    spec: SgdSpec
+    batch_size: int
+    seed: int
+    device: torch.device
+    micro_batch_size: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.micro_batch_size = self.batch_size
+
+    def optimizer(self, learning_rate: float) -> torch.optim.SGD:
+        """Make a fresh optimiser over every trainable parameter."""
+        return torch.optim.SGD(
+            [parameter for parameter in self.module.parameters() if parameter.requires_grad],
+            lr=learning_rate,
+            momentum=self.spec.momentum,
+            nesterov=self.spec.nesterov and self.spec.momentum > 0,
+            weight_decay=self.spec.weight_decay,
+        )
+
+    def epoch(
+        self,
+        optimizer: torch.optim.Optimizer,
+        place: Sequence[int],
+        penalty: Penalty | None = None,
+        on_update: Callable[[], None] | None = None,
+        updates_max: int | None = None,
+    ) -> float:
+        """Train one epoch; return the mean loss, without the penalty.
+
+        Order and dropout depend on the seed and on `place` (stage, step, epoch) alone, so a resumed run repeats the
+        epoch bit for bit on the same CPU and thread count.
+
+        Raises
+        ------
+        ProblemError
+            ``DIVERGED`` when the loss is no longer finite, ``OUT_OF_MEMORY`` when a quarter of the batch does not fit.
+        """
+        torch.manual_seed(int(np.random.SeedSequence([self.seed, *place]).generate_state(1)[0]))
+        order = epoch_order(self.dataset.size("train"), self.seed, *place)
+        self.module.train()
+        total, count = torch.zeros((), dtype=torch.float64, device=self.device), 0
+        for update, start in enumerate(range(0, len(order), self.batch_size)):
+            if update == updates_max:
+                break
+            positions = order[start : start + self.batch_size]
+            if len(positions) == 1 and len(order) > 1:
+                continue  # batch norm cannot train on one sample
+            loss = self._update(optimizer, positions, penalty)
+            total += loss * len(positions)
+            count += len(positions)
+            if on_update is not None:
+                on_update()
+        mean = float(total) / max(count, 1)
+        if not isfinite(mean):
+            raise ProblemError(
+                ErrorCode.DIVERGED, "the training loss is no longer a number; lower training.optimizer.lr"
+            )
+        return mean
+
+    def _update(self, optimizer: torch.optim.Optimizer, positions: np.ndarray, penalty: Penalty | None) -> Tensor:
+        """One update; runs out of memory at most twice before it gives up."""
+        while True:
+            optimizer.zero_grad(set_to_none=True)
+            try:
+                loss = self._accumulate(self.dataset.rows("train", positions, self.device), positions)
+                break
+            except (RuntimeError, MemoryError) as error:
+                if not out_of_memory(error):
+                    raise
+                self._halve(error)
+        if penalty is not None:
+            penalty.add_gradient()
+        optimizer.step()
+        return loss
+
+    def _accumulate(self, batch: Batch, positions: np.ndarray) -> Tensor:
+        total = torch.zeros((), device=self.device)
+        size = self.micro_batch_size
+        for number, piece in enumerate(batch.pieces(size)):
+            wanted = None
+            if self.teacher is not None:
+                wanted = self.teacher.outputs("train", positions[number * size : number * size + size], piece)
+            loss = self.objective.loss(call(self.module, piece.inputs), piece.targets, wanted)
+            share = len(piece) / len(batch)
+            if loss.requires_grad:
+                torch.autograd.backward([loss * share])
+            total += loss.detach() * share
+        return total
+
+    def _halve(self, error: BaseException) -> None:
+        if self.micro_batch_size <= max(self.batch_size // 2**HALVINGS_MAX, 1):
+            peak = ""
+            if self.device.type == "cuda":
+                peak = f"; the peak was {torch.cuda.max_memory_allocated(self.device)} bytes"
+            raise ProblemError(
+                ErrorCode.OUT_OF_MEMORY,
+                f"a quarter of the batch of {self.batch_size} does not fit in memory{peak}: {str(error)[:300]}. "
+                "Lower training.batch_size",
+            ) from None
+        self.micro_batch_size = max(self.micro_batch_size // 2, 1)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
