@@ -34,6 +34,10 @@ check: $(INSTALLED)  ## lint, format, types, import rules, generated docs
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
+	$(BIN)/python -m service.openapi --check
+
+docs: $(INSTALLED)  ## write the pages of docs/ that are made from the code
+	$(BIN)/python -m service.openapi
 
 format: $(INSTALLED)  ## put the code into its format
 	$(BIN)/ruff check --fix .

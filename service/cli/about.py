@@ -5,7 +5,7 @@ import click
 from service.cli.connection import connect, url_option
 from service.cli.exits import ExitCode
 from service.cli.output import print_json
-from service.contract.spec import JobSpec
+from service.contract.schemas import spec_schema
 
 
 @click.command()
@@ -20,5 +20,5 @@ def capabilities(url: str) -> int:
 @click.command()
 def schema() -> int:
     """Print the JSON Schema of the job spec; no service is needed."""
-    print_json(JobSpec.model_json_schema())
+    print_json(spec_schema())
     return ExitCode.DONE

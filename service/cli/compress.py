@@ -38,7 +38,10 @@ report_option = click.option("--report", "report_file", type=click.Path(path_typ
 @json_option
 @url_option
 def compress(model: str, data: str | None, output: Path | None, **parameters: Any) -> int:
-    """Compress MODEL (a TorchScript file, or a model's id): the whole trip, from upload to verified download."""
+    """Compress MODEL: upload, follow, download.
+
+    MODEL is a TorchScript file, or the id of a model that was uploaded.
+    """
     output = output or _default_output(model)
     as_json, junit, report_file = (parameters[name] for name in ("as_json", "junit", "report_file"))
     _check_places(output, junit, report_file)
@@ -85,7 +88,10 @@ def watch(
     as_json: bool,
     url: str,
 ) -> int:
-    """Follow a job to its end and show the result; interrupting it leaves the job alone."""
+    """Follow a job to its end and show the result.
+
+    Interrupting the command leaves the job alone.
+    """
     _check_places(junit, report_file)
     outcome = Outcome(label=job_id)
     with connect(url) as client:

@@ -67,7 +67,7 @@ def cancel(job_id: str, *, as_json: bool, url: str) -> int:
 @json_option
 @url_option
 def inspect(job_id: str, *, history: bool, as_json: bool, url: str) -> int:
-    """Show a job: its state, its layer plan, and its report once it has one."""
+    """Show a job's state, layer plan and report."""
     with connect(url) as client:
         job = client.job(job_id)
         layers = client.layers(job_id, history=history)

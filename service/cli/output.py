@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from service.contract.errors import Problem
+from service.contract.errors import ErrorCode, Problem
 
 
 def print_json(document: Any) -> None:
@@ -18,6 +18,10 @@ def print_problem(problem: Problem) -> None:
     click.echo(f"{click.style('error', fg='red')}: {problem.code.value}: {problem.detail}", err=True)
     for item in problem.errors:
         click.echo(f"  {item.pointer or '/'}: {item.message}", err=True)
+    if problem.code is ErrorCode.UNAUTHENTICATED:
+        click.echo(
+            "  set RANKPRESS_API_KEY to the service's key; of a service started here it is found by itself", err=True
+        )
     if problem.request_id:
         click.echo(f"  request id: {problem.request_id}", err=True)
 

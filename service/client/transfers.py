@@ -94,7 +94,7 @@ class _Fetch:
                 self._restart()
             self.etag = response.headers.get("ETag", self.etag)
             self.announced_sha256 = _announced_sha256(response.headers) or self.announced_sha256
-            for chunk in response.iter_raw(CHUNK_BYTES):
+            for chunk in response.iter_raw():
                 self.file.write(chunk)
                 self.hash.update(chunk)
                 self.received += len(chunk)
