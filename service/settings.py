@@ -1,0 +1,177 @@
+"""Every knob of the service, read from the environment (`RANKPRESS_…`) when a `Settings` is made."""
+
+import os
+from itertools import pairwise
+from pathlib import Path
+from typing import Self
+
+from pydantic import Field, PositiveFloat, PositiveInt, SecretStr, field_validator, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+MIN_API_KEY_LENGTH = 16
+MEMORY_SHARE = 0.8  # of the machine's memory that all children together may use
+EMBEDDED_BROKER = "memory://"
+QUEUE = "rankpress"
+
+KIB, MIB, GIB = 1024, 1024**2, 1024**3
+
+
+def default_data_dir() -> Path:
+    """Where an embedded service keeps its data if it is told nothing: the user's data directory."""
+    base = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
+    return Path(base) / "rankpress"
+
+
+def machine_memory_bytes() -> int:
+    """The memory of this machine, or of this container if that has less."""
+    physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii").strip()
+    except OSError:
+        return physical
+    return min(physical, int(limit)) if limit.isdigit() else physical
+
+
+class Settings(BaseSettings):
+    """One object holds every setting; it is passed on, never imported."""
+
+    model_config = SettingsConfigDict(env_prefix="RANKPRESS_", extra="ignore", frozen=True)
+
+    # Where things are.
+    data_dir: Path = Field(default_factory=default_data_dir)
+    database_url: str = ""  # empty: SQLite in data_dir
+    broker_url: str = EMBEDDED_BROKER
+    blob_url: str = ""  # empty: files in data_dir/blobs
+    queue: str = QUEUE
+
+    # The HTTP edge.
+    host: str = "127.0.0.1"
+    port: int = Field(default=8080, ge=0, le=65535)
+    api_key: SecretStr | None = None
+    owner: str = "default"  # whom the configured key belongs to
+
+    # Limits of what is taken in.
+    max_model_bytes: PositiveInt = 4 * GIB
+    max_dataset_bytes: PositiveInt = 16 * GIB
+    max_spec_bytes: PositiveInt = MIB
+    max_body_bytes: PositiveInt = MIB  # of every route that takes no file
+    max_archive_entries: PositiveInt = 100_000
+    upload_idle_seconds: PositiveFloat = 60.0
+    upload_block_bytes: PositiveInt = 4 * MIB
+    download_block_bytes: PositiveInt = MIB
+
+    # Leases (design section 4): heartbeat < self-fence < lease < reap.
+    heartbeat_seconds: PositiveFloat = 2.0
+    self_fence_seconds: PositiveFloat = 20.0
+    lease_seconds: PositiveFloat = 30.0
+    reap_seconds: PositiveFloat = 40.0
+    reconcile_seconds: PositiveFloat = 5.0
+    worker_gone_seconds: PositiveFloat = 60.0
+    orphan_seconds: PositiveFloat = 24 * 3600.0
+    idempotency_in_flight_seconds: PositiveFloat = 3600.0  # after that an unfinished key is free again
+    idempotency_keep_seconds: PositiveFloat = 7 * 24 * 3600.0
+
+    # Attempts.
+    max_attempts: PositiveInt = 3
+    retry_base_seconds: float = Field(default=2.0, ge=0)
+    retry_cap_seconds: float = Field(default=600.0, ge=0)
+    cancel_grace_seconds: PositiveFloat = 5.0
+    drain_grace_seconds: PositiveFloat = 25.0
+
+    # What a child may use.
+    run_seconds_max: PositiveFloat = 7 * 24 * 3600.0
+    first_forward_seconds: PositiveFloat = 60.0
+    slots: PositiveInt = 1  # children at once on this machine
+    threads: PositiveInt | None = None  # per child; None: cores // slots
+    child_memory_bytes: PositiveInt | None = None  # per child; None: a share of the machine's memory
+    checkpoint_seconds: PositiveFloat = 30.0
+
+    # Pages.
+    page_size: PositiveInt = 50
+    max_page_size: PositiveInt = 200
+    event_page_size: PositiveInt = 200
+    max_event_page_size: PositiveInt = 1000
+
+    log_level: str = "INFO"
+
+    @field_validator("api_key", mode="before")
+    @classmethod
+    def _empty_is_none(cls, value: object) -> object:
+        return None if value == "" else value
+
+    @field_validator("api_key")
+    @classmethod
+    def _key_is_long_enough(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is not None and len(value.get_secret_value()) < MIN_API_KEY_LENGTH:
+            raise ValueError(
+                f"RANKPRESS_API_KEY must have at least {MIN_API_KEY_LENGTH} characters; "
+                f"found {len(value.get_secret_value())}: choose a longer one"
+            )
+        return value
+
+    @model_validator(mode="after")
+    def _leases_are_ordered(self) -> Self:
+        order = (self.heartbeat_seconds, self.self_fence_seconds, self.lease_seconds, self.reap_seconds)
+        if not all(earlier < later for earlier, later in pairwise(order)):
+            raise ValueError(
+                "expected heartbeat_seconds < self_fence_seconds < lease_seconds < reap_seconds; "
+                f"found {' , '.join(map(str, order))}: a child must be dead before its job can be claimed again"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _memory_broker_means_one_process(self) -> Self:
+        if self.embedded and self.database_url and not self.database_url.startswith("sqlite"):
+            raise ValueError(
+                "expected RANKPRESS_BROKER_URL beside a RANKPRESS_DATABASE_URL of several machines; found the "
+                "in-process broker memory://: set RANKPRESS_BROKER_URL to a redis:// URL"
+            )
+        return self
+
+    @property
+    def embedded(self) -> bool:
+        """Whether API and worker are one process with an in-memory broker."""
+        return self.broker_url.startswith(EMBEDDED_BROKER)
+
+    @property
+    def resolved_database_url(self) -> str:
+        """The database URL with its default, and with the driver that the store uses."""
+        if not self.database_url:
+            return f"sqlite:///{self.data_dir.absolute() / 'rankpress.db'}"
+        scheme, separator, rest = self.database_url.partition("://")
+        driver = "postgresql+psycopg" if scheme in {"postgres", "postgresql"} else scheme
+        return f"{driver}{separator}{rest}"
+
+    @property
+    def resolved_blob_url(self) -> str:
+        """The blob store's URL with its default."""
+        return self.blob_url or (self.data_dir.absolute() / "blobs").as_uri()
+
+    @property
+    def scratch_dir(self) -> Path:
+        """Where attempts work; its files mean nothing without a row."""
+        return self.data_dir / "scratch"
+
+    @property
+    def key_file(self) -> Path:
+        """Where the embedded service keeps the key it made."""
+        return self.data_dir / "api-key"
+
+    @property
+    def lock_file(self) -> Path:
+        """The file whose lock holds the data directory for one process."""
+        return self.data_dir / "lock"
+
+    @property
+    def threads_per_child(self) -> int:
+        """How many threads a child computes with."""
+        if self.threads is not None:
+            return self.threads
+        return max(1, len(os.sched_getaffinity(0)) // self.slots)
+
+    @property
+    def memory_per_child_bytes(self) -> int:
+        """How much memory a child may use."""
+        if self.child_memory_bytes is not None:
+            return self.child_memory_bytes
+        return int(machine_memory_bytes() * MEMORY_SHARE / self.slots)

@@ -1,0 +1,98 @@
+"""Checkpoints: the resumable states of a job, of which the two newest are kept."""
+
+from dataclasses import dataclass
+
+from sqlalchemy import delete, func, insert, select, update
+from sqlalchemy.orm import Session
+
+from service.contract.ids import CHECKPOINT, new_id
+from service.contract.states import TERMINAL_STATES
+from service.store.fence import hold_lease, leased
+from service.store.tables import Checkpoint, Job
+
+KEPT = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointRow:
+    """Where a resumable state lies, and what its bytes must hash to."""
+
+    id: str
+    epoch: int
+    step: int
+    blob_key: str
+    sha256: str
+    bytes: int
+
+
+def insert_checkpoint(
+    session: Session,
+    job_id: str,
+    epoch: int,
+    *,
+    step: int,
+    blob_key: str,
+    sha256: str,
+    bytes: int,  # noqa: A002
+) -> list[str] | None:
+    """Make a stored state count, and keep the two newest; None when the lease is lost.
+
+    Returned are the blob keys of the rows that were dropped: delete them after the commit. `step` counts up over the
+    whole run; a step further than any before it is progress and sets the count of attempts back to 0.
+    """
+    if not hold_lease(session, job_id, epoch):
+        return None
+    furthest = session.execute(select(func.max(Checkpoint.step)).where(Checkpoint.job_id == job_id)).scalar_one()
+    session.execute(
+        insert(Checkpoint).values(
+            id=new_id(CHECKPOINT),
+            job_id=job_id,
+            epoch=epoch,
+            step=step,
+            blob_key=blob_key,
+            sha256=sha256,
+            bytes=bytes,
+        )
+    )
+    if furthest is None or step > furthest:
+        session.execute(update(Job).where(leased(job_id, epoch)).values(attempt=0))
+    rows = list_checkpoints(session, job_id, limit=None)
+    return _drop(session, rows[KEPT:])
+
+
+def list_checkpoints(session: Session, job_id: str, limit: int | None = KEPT) -> list[CheckpointRow]:
+    """The job's checkpoints, newest first."""
+    order = (Checkpoint.epoch.desc(), Checkpoint.created_at.desc(), Checkpoint.step.desc(), Checkpoint.id.desc())
+    query = select(Checkpoint).where(Checkpoint.job_id == job_id).order_by(*order).limit(limit)
+    return [_row(checkpoint) for checkpoint in session.scalars(query)]
+
+
+def latest_checkpoint(session: Session, job_id: str) -> CheckpointRow | None:
+    """The job's newest checkpoint."""
+    return next(iter(list_checkpoints(session, job_id, limit=1)), None)
+
+
+def drop_finished_checkpoints(session: Session, limit: int = 100) -> list[str]:
+    """Drop the checkpoints of jobs that have ended; returns the blob keys to delete after the commit."""
+    query = select(Checkpoint).join(Job, Job.id == Checkpoint.job_id).where(Job.state.in_(TERMINAL_STATES)).limit(limit)
+    return _drop(session, [_row(checkpoint) for checkpoint in session.scalars(query)])
+
+
+def _row(checkpoint: Checkpoint) -> CheckpointRow:
+    return CheckpointRow(
+        id=checkpoint.id,
+        epoch=checkpoint.epoch,
+        step=checkpoint.step,
+        blob_key=checkpoint.blob_key,
+        sha256=checkpoint.sha256,
+        bytes=checkpoint.bytes,
+    )
+
+
+def _drop(session: Session, rows: list[CheckpointRow]) -> list[str]:
+    if not rows:
+        return []
+    session.execute(delete(Checkpoint).where(Checkpoint.id.in_([row.id for row in rows])))
+    keys = {row.blob_key for row in rows}
+    kept = set(session.scalars(select(Checkpoint.blob_key).where(Checkpoint.blob_key.in_(keys))))
+    return sorted(keys - kept)

@@ -1,0 +1,151 @@
+"""Jobs as their owners see them: insert, read, list, cancel."""
+
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+from sqlalchemy import func, insert, select, update
+from sqlalchemy.orm import Session
+
+from service.contract.errors import Problem
+from service.contract.events import EventKind, Progress
+from service.contract.resources import JobResource, ResultSummary
+from service.contract.states import JobState
+from service.store.events import append_events
+from service.store.tables import Job
+from service.store.time import database_time
+from service.store.transitions import cancel_waiting
+
+
+@dataclass(frozen=True, kw_only=True)
+class NewJob:
+    """What is known of a job when it is accepted."""
+
+    id: str
+    owner: str
+    model_id: str
+    dataset_id: str | None
+    requested_spec: dict[str, Any]  # as the user wrote it
+    spec: dict[str, Any]  # with every default filled in
+    spec_sha256: str
+    queue: str
+    max_attempts: int
+    run_seconds_limit: float  # over all attempts together
+    name: str | None = None
+    priority: int = 0  # lower runs first
+
+
+class CancelOutcome(StrEnum):
+    """What asking for a cancel came to."""
+
+    CANCELED = "canceled"  # it is canceled now, or was before
+    REQUESTED = "requested"  # it runs; its worker sees the flag with its next heartbeat
+    FINISHED = "finished"  # it succeeded or failed before; nothing was changed
+    NOT_FOUND = "not_found"
+
+
+def insert_job(session: Session, job: NewJob) -> None:
+    """Write the job and its first event.
+
+    The promise stands once the caller's transaction is committed: answer only after that.
+    """
+    session.execute(insert(Job).values(**vars(job), state=JobState.QUEUED))
+    append_events(session, job.id, None, [(EventKind.STATE, {"state": JobState.QUEUED})])
+
+
+def get_job(session: Session, job_id: str, owner: str | None) -> Job | None:
+    """The job's row, if it is the owner's; `owner=None` reads for the service itself."""
+    query = select(Job).where(Job.id == job_id)
+    if owner is not None:
+        query = query.where(Job.owner == owner)
+    return session.scalars(query).one_or_none()
+
+
+def list_jobs(
+    session: Session,
+    owner: str,
+    *,
+    states: Collection[str] = (),
+    model_id: str | None = None,
+    name: str | None = None,
+    cursor: str | None = None,
+    limit: int = 50,
+) -> tuple[list[Job], str | None]:
+    """A page of the owner's jobs, newest first, and the cursor of the next page (None on the last)."""
+    query = select(Job).where(Job.owner == owner).order_by(Job.id.desc()).limit(limit + 1)
+    if states:
+        query = query.where(Job.state.in_(states))
+    if model_id is not None:
+        query = query.where(Job.model_id == model_id)
+    if name is not None:
+        query = query.where(Job.name == name)
+    if cursor is not None:
+        query = query.where(Job.id < cursor)
+    rows = list(session.scalars(query))
+    return rows[:limit], rows[limit - 1].id if len(rows) > limit else None
+
+
+def queue_positions(session: Session, rows: Iterable[Job]) -> dict[str, int]:
+    """The place of each waiting job in its queue, 1 being the next; jobs that do not wait are left out."""
+    waiting = [row.id for row in rows if row.state == JobState.QUEUED]
+    if not waiting:
+        return {}
+    order = (Job.priority, Job.created_at, Job.id)
+    place = func.row_number().over(partition_by=Job.queue, order_by=order).label("place")
+    queue = select(Job.id, place).where(Job.state == JobState.QUEUED).subquery()
+    found = session.execute(select(queue.c.id, queue.c.place).where(queue.c.id.in_(waiting)))
+    return {row.id: row.place for row in found}
+
+
+def queue_position(session: Session, row: Job) -> int | None:
+    """The place of one job in its queue, 1 being the next; None for a job that does not wait."""
+    return queue_positions(session, [row]).get(row.id)
+
+
+def count_jobs(session: Session) -> dict[str, int]:
+    """How many jobs stand in each state."""
+    counted = session.execute(select(Job.state, func.count().label("jobs")).group_by(Job.state))
+    return dict.fromkeys(JobState, 0) | {row.state: row.jobs for row in counted}
+
+
+def request_cancel(session: Session, job_id: str, owner: str | None) -> CancelOutcome:
+    """Cancel a waiting job right there, or flag a running one; asking again changes nothing."""
+    query = select(Job.state, Job.cancel_requested_at).where(Job.id == job_id).with_for_update()
+    if owner is not None:
+        query = query.where(Job.owner == owner)
+    row = session.execute(query).one_or_none()
+    if row is None:
+        return CancelOutcome.NOT_FOUND
+    if row.state == JobState.QUEUED:
+        cancel_waiting(session, job_id)
+        return CancelOutcome.CANCELED
+    if row.state == JobState.RUNNING:
+        if row.cancel_requested_at is None:
+            session.execute(update(Job).where(Job.id == job_id).values(cancel_requested_at=database_time()))
+            append_events(session, job_id, None, [(EventKind.LOG, {"level": "info", "message": "cancel requested"})])
+        return CancelOutcome.REQUESTED
+    return CancelOutcome.CANCELED if row.state == JobState.CANCELED else CancelOutcome.FINISHED
+
+
+def job_resource(row: Job, position: int | None) -> JobResource:
+    """The job as it stands on the wire; `attempt` there is the number of tries begun."""
+    return JobResource(
+        id=row.id,
+        name=row.name,
+        state=JobState(row.state),
+        phase=row.phase,
+        progress=Progress.model_validate(row.progress),
+        queue_position=position,
+        cancel_requested=row.cancel_requested_at is not None,
+        attempt=row.lease_epoch,
+        model_id=row.model_id,
+        dataset_id=row.dataset_id,
+        requested_spec=row.requested_spec,
+        spec=row.spec,
+        result=None if row.result is None else ResultSummary.model_validate(row.result),
+        problem=None if row.problem is None else Problem.model_validate(row.problem),
+        created_at=row.created_at,
+        started_at=row.started_at,
+        finished_at=row.finished_at,
+    )

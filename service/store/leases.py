@@ -1,0 +1,84 @@
+"""What becomes of leases that nobody prolongs any more."""
+
+from sqlalchemy import ColumnElement, and_, exists, select, update
+from sqlalchemy.orm import Session
+
+from service.contract.states import AttemptOutcome, JobState
+from service.store.attempts import backoff_seconds, requeue
+from service.store.tables import Attempt, Job
+from service.store.time import database_time
+from service.store.transitions import cancel_waiting
+
+BATCH = 100
+
+
+def expire_leases(
+    session: Session, *, grace_seconds: float, retry_base_seconds: float, retry_cap_seconds: float
+) -> dict[str, JobState]:
+    """End the leases that ran out `grace_seconds` ago or earlier; returns what each job came to.
+
+    Canceled if it was flagged, failed as `WORKER_LOST` if its attempts are used up, else queued with a backoff.
+    """
+    return _release(
+        session,
+        Job.lease_expires_at < database_time(-grace_seconds),
+        "the worker sent no heartbeat until its lease ran out",
+        retry_base_seconds,
+        retry_cap_seconds,
+    )
+
+
+def release_all_leases(session: Session) -> dict[str, JobState]:
+    """End every lease at once, without delay: for a start that holds the lock of the data directory.
+
+    Only there is it certain that no other process lives that could own a lease.
+    """
+    released: dict[str, JobState] = {}
+    detail = "the service was ended and started again"
+    while batch := _release(session, Job.lease_expires_at.is_not(None), detail, 0, 0):
+        released |= batch
+    return released
+
+
+def cancel_flagged(session: Session) -> list[str]:
+    """Cancel the jobs that wait with a cancel flag; returns their ids."""
+    flagged = select(Job.id).where(Job.state == JobState.QUEUED, Job.cancel_requested_at.is_not(None)).limit(BATCH)
+    ids = list(session.scalars(flagged.with_for_update(skip_locked=True)))
+    return [job_id for job_id in ids if cancel_waiting(session, job_id)]
+
+
+def close_lost_attempts(session: Session) -> int:
+    """Close attempts that stand open although their job has moved on; returns how many."""
+    alive = exists().where(Job.id == Attempt.job_id, Job.lease_epoch == Attempt.epoch, Job.state == JobState.RUNNING)
+    close = (
+        update(Attempt)
+        .where(Attempt.ended_at.is_(None), ~alive)
+        .values(ended_at=database_time(), outcome=AttemptOutcome.LOST)
+        .returning(Attempt.id)
+    )
+    return len(session.execute(close).all())
+
+
+def _release(
+    session: Session, condition: ColumnElement[bool], detail: str, base_seconds: float, cap_seconds: float
+) -> dict[str, JobState]:
+    lost = (
+        select(Job.id, Job.lease_epoch, Job.attempt)
+        .where(and_(Job.state == JobState.RUNNING, condition))
+        .limit(BATCH)
+        .with_for_update(skip_locked=True)
+    )
+    released: dict[str, JobState] = {}
+    for job_id, epoch, attempt in session.execute(lost).all():
+        state = requeue(
+            session,
+            job_id,
+            epoch,
+            outcome=AttemptOutcome.LOST,
+            delay_seconds=backoff_seconds(attempt, base_seconds, cap_seconds),
+            counted=True,
+            detail=detail,
+        )
+        if state is not None:
+            released[job_id] = state
+    return released

@@ -1,0 +1,108 @@
+"""The one way to the database: short sessions that read, and short sessions that write."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from sqlalchemy import Connection, Engine, create_engine, event, select, text
+from sqlalchemy.dialects.postgresql import insert as postgresql_insert
+from sqlalchemy.dialects.sqlite import insert as sqlite_insert
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.orm import Session
+
+from service.store.tables import Base
+from service.store.time import database_time
+
+BUSY_TIMEOUT_MS = 10_000
+CONNECT_TIMEOUT_SECONDS = 5
+_SQLITE_PRAGMAS = (
+    f"PRAGMA busy_timeout = {BUSY_TIMEOUT_MS}",
+    "PRAGMA journal_mode = WAL",
+    "PRAGMA synchronous = FULL",  # an accepted job survives a power cut
+    "PRAGMA foreign_keys = ON",
+)
+
+
+class Database:
+    """A database by its URL; safe to share between threads, never across a fork."""
+
+    def __init__(self, url: str) -> None:
+        parsed = make_url(url)
+        self.url = url
+        self.is_sqlite = parsed.get_backend_name() == "sqlite"
+        connect_args: dict[str, Any] = (
+            {"timeout": BUSY_TIMEOUT_MS / 1000} if self.is_sqlite else {"connect_timeout": CONNECT_TIMEOUT_SECONDS}
+        )
+        # Bursts of requests take connections for milliseconds; a broken one is found before it is used.
+        self.engine: Engine = create_engine(
+            parsed, connect_args=connect_args, pool_pre_ping=not self.is_sqlite, pool_size=10, max_overflow=20
+        )
+        self._writer = self.engine.execution_options(rankpress_writes=True)
+        if self.is_sqlite:
+            event.listen(self.engine, "connect", _prepare_sqlite)
+            event.listen(self.engine, "begin", _begin_sqlite)
+
+    @contextmanager
+    def write(self) -> Iterator[Session]:
+        """Open a transaction that writes, committed before the block is left normally and rolled back by an error.
+
+        When the block has been left without an exception, what was written is durable.
+        """
+        with self._session(self._writer) as session:
+            yield session
+            session.commit()
+
+    @contextmanager
+    def read(self) -> Iterator[Session]:
+        """Open a transaction that only reads; rows stay usable after it is closed."""
+        with self._session(self.engine) as session:
+            yield session
+
+    @contextmanager
+    def connect_for_ddl(self) -> Iterator[Connection]:
+        """Open one transaction for a change of the schema; commits at the end."""
+        with self._writer.begin() as connection:
+            yield connection
+
+    @staticmethod
+    def _session(bind: Engine) -> Session:
+        # Statements say what changes; rows in memory are never patched up, but read afresh.
+        options = {"synchronize_session": False, "populate_existing": True}
+        return Session(bind, expire_on_commit=False, autoflush=False, execution_options=options)
+
+    def ping(self) -> bool:
+        """Whether the database answers."""
+        try:
+            with self.read() as session:
+                session.execute(select(database_time()))
+        except (SQLAlchemyError, OSError):
+            return False
+        return True
+
+    def dispose(self) -> None:
+        """Close every connection."""
+        self.engine.dispose()
+
+
+def insert_if_absent(session: Session, table: type[Base], values: Mapping[str, Any]) -> bool:
+    """Insert a row unless a unique constraint already holds one like it; returns whether it was inserted."""
+    dialect = session.get_bind().dialect.name
+    insert = postgresql_insert if dialect == "postgresql" else sqlite_insert
+    statement = insert(table).values(**values).on_conflict_do_nothing()
+    result = session.connection().execute(statement.returning(text("1")))
+    return result.first() is not None
+
+
+def _prepare_sqlite(connection: Any, _record: Any) -> None:
+    connection.isolation_level = None  # the driver begins nothing by itself: _begin_sqlite does
+    cursor = connection.cursor()
+    for pragma in _SQLITE_PRAGMAS:
+        cursor.execute(pragma)
+    cursor.close()
+
+
+def _begin_sqlite(connection: Connection) -> None:
+    # A read that turns into a write gets SQLITE_BUSY at once whatever the timeout, so writers say so first.
+    writes = connection.get_execution_options().get("rankpress_writes", False)
+    connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")

@@ -1,0 +1,55 @@
+"""The processes that can run jobs, as far as they have been heard of."""
+
+from typing import Any
+
+from sqlalchemy import func, insert, select, update
+from sqlalchemy.orm import Session
+
+from service.store.tables import Worker
+from service.store.time import database_time
+
+
+def register_worker(
+    session: Session,
+    worker_id: str,
+    *,
+    host: str,
+    pid: int,
+    queue: str,
+    slots: int,
+    devices: dict[str, Any] | None = None,
+) -> None:
+    """Make a worker known; ids are made with `new_id(WORKER)`, one for each start."""
+    session.execute(
+        insert(Worker).values(id=worker_id, host=host, pid=pid, queue=queue, slots=slots, devices=devices or {})
+    )
+
+
+def beat_worker(session: Session, worker_id: str, busy: int) -> bool:
+    """Say that the worker lives and how many slots are taken; False if it was never registered."""
+    beat = update(Worker).where(Worker.id == worker_id).values(busy=busy, last_seen_at=database_time(), gone_at=None)
+    return session.execute(beat.returning(Worker.id)).first() is not None
+
+
+def retire_worker(session: Session, worker_id: str) -> None:
+    """Note that the worker has stopped in good order."""
+    session.execute(update(Worker).where(Worker.id == worker_id).values(busy=0, gone_at=database_time()))
+
+
+def mark_gone_workers(session: Session, unseen_seconds: float) -> int:
+    """Note the workers that have not been seen for so long; returns how many are new among them."""
+    unseen = (Worker.gone_at.is_(None), Worker.last_seen_at < database_time(-unseen_seconds))
+    mark = update(Worker).where(*unseen).values(gone_at=database_time(), busy=0).returning(Worker.id)
+    return len(session.execute(mark).all())
+
+
+def list_workers(session: Session, *, include_gone: bool = False) -> list[Worker]:
+    """The workers, oldest first."""
+    query = select(Worker).order_by(Worker.id)
+    return list(session.scalars(query if include_gone else query.where(Worker.gone_at.is_(None))))
+
+
+def idle_slots(session: Session, queue: str) -> int:
+    """How many jobs the queue's workers could take at once."""
+    free = func.coalesce(func.sum(Worker.slots - Worker.busy), 0)
+    return int(session.execute(select(free).where(Worker.queue == queue, Worker.gone_at.is_(None))).scalar_one())
