@@ -65,7 +65,7 @@ class LayerRule(StrictModel):
     terms: Literal["auto"] | list[TermSpec] = "auto"
     keep: Literal["dense"] | None = None
     rank: PositiveInt | None = None
-    min_rank: Rank | None = None  # of the layer in total; without it a layer keeps at least rank 1
+    min_rank: PositiveInt | None = None  # of the layer in total; without it a layer keeps at least rank 1
     max_rank: PositiveInt | None = None  # of each term that does not set its own
     cost_factor: float = Field(default=1.0, gt=0)
 

@@ -19,6 +19,7 @@ from worker.engine.network.sites import Site, all_parameters, scan_methods
 # A slice of everything, written with an end that no honest program uses, leaves its tensor as it is and shows up in
 # the dispatcher with the number of the layer and whether the layer begins or ends.
 _MARK = 2**63 - 1 - 1_000_003
+_RAISED = (torch.jit.Error, RuntimeError, ValueError, TypeError, LookupError, AssertionError)
 _RECURRENT = frozenset({"lstm", "gru", "rnn_tanh", "rnn_relu"})
 _SHAPE_COMPLAINTS = re.compile(
     r"shapes cannot be multiplied|to have \d+ channels|expected [\w\[\]/ ()]*\dD|Expected (at most|at least)|"
@@ -205,9 +206,19 @@ def _run(copy: torch.jit.ScriptModule, example_inputs: Sequence[torch.Tensor], l
         # The counter reads 0 under inference_mode.
         with torch.no_grad(), log, log.counter:
             output = copy(*example_inputs)
-    except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AssertionError, NotImplementedError) as error:
-        raise _forward_problem(error, example_inputs) from error
+    except _RAISED as error:
+        raise _forward_problem(_plain_error(reload(copy), example_inputs) or error, example_inputs) from error
     return output, int(log.counter.get_total_flops())
+
+
+def _plain_error(copy: torch.jit.ScriptModule, example_inputs: Sequence[torch.Tensor]) -> Exception | None:
+    """Run without modes for the message: an operator's own error loses it on the way through a dispatch mode."""
+    try:
+        with torch.no_grad():
+            copy.eval()(*example_inputs)
+    except _RAISED as error:
+        return error
+    return None
 
 
 def _forward_problem(error: Exception, example_inputs: Sequence[torch.Tensor]) -> ProblemError:

@@ -66,7 +66,7 @@ def _freeze(module: torch.jit.ScriptModule) -> torch.jit.ScriptModule:
 def _values_to_keep(module: torch.jit.ScriptModule) -> Iterator[str]:
     """Name the attributes that freezing would drop or fold although somebody needs them.
 
-    The root's plain values are read by users. Tensors in attributes of submodules that are neither parameters nor
+    Buffers stay, used or not, and the root's plain values, because users read them. Tensors in attributes of submodules that are neither parameters nor
     buffers (the weight lists of recurrent layers are such) would become constants: no longer trained, and left behind
     when the module moves to another device.
     """
@@ -74,6 +74,7 @@ def _values_to_keep(module: torch.jit.ScriptModule) -> Iterator[str]:
     used = _used_chains(module)
     parameters = all_parameters(module)
     known = {*parameters, *(name for name, _ in module.named_buffers())}
+    yield from (name for name, _ in module.named_buffers())
     for prefix, submodule in module.named_modules():
         for name, kind in declared.get(submodule._c._type().qualified_name(), {}).items():
             chain = f"{prefix}.{name}" if prefix else name

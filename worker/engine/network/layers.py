@@ -217,8 +217,9 @@ def _left_over(
 ) -> Iterable[Layer]:
     """Name what no operator in sight uses: it costs parameters and is part of the plan all the same."""
     groups: dict[str, list[str]] = {}
-    for name in parameters:
-        if name not in counted:
+    known = {_identity(parameters[name]) for name in counted}
+    for name, tensor in parameters.items():
+        if name not in counted and _identity(tensor) not in known:
             groups.setdefault(name.rpartition(".")[0] or name, []).append(name)
     for owner, members in groups.items():
         hidden = any(method.hides(name) for method in methods.values() for name in members)
@@ -237,5 +238,8 @@ def _left_over(
 
 def count_distinct(tensors: Iterable[torch.Tensor]) -> int:
     """Sum numel over tensors, counting those that are the same memory once."""
-    distinct = {(tensor.data_ptr(), tuple(tensor.shape), tuple(tensor.stride())): tensor.numel() for tensor in tensors}
-    return sum(distinct.values())
+    return sum({_identity(tensor): tensor.numel() for tensor in tensors}.values())
+
+
+def _identity(tensor: torch.Tensor) -> tuple[int, Shape, Shape]:
+    return tensor.data_ptr(), tuple(tensor.shape), tuple(tensor.stride())

@@ -79,9 +79,11 @@ def reload(module: torch.jit.ScriptModule, device: torch.device | str | None = N
 def trim_reason(error: BaseException) -> str:
     """Keep of an error's message what a user can act on: the last lines, without torch's C++ frames."""
     text = str(error).split("\nException raised from ")[0]
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    kept = [line for line in lines if not re.match(r"^(frame #\d+|Debugging only|[~ ]*<--- HERE$)", line)]
-    reason = " ".join(kept).rstrip(".")
+    lines = [line for line in text.splitlines() if line.strip()]
+    marked = max((index for index, line in enumerate(lines) if line.endswith("<--- HERE")), default=-1)
+    # After the last marked line of source come the rest of that source, indented, and then the message.
+    message = [line for line in lines[marked + 1 :] if not (marked >= 0 and line.startswith(" "))]
+    reason = " ".join(line.strip() for line in message if not line.startswith("frame #")).rstrip(".")
     return reason if len(reason) <= _REASON_CHARACTERS else f"… {reason[-_REASON_CHARACTERS:]}"
 
 

@@ -1,0 +1,271 @@
+"""The last part of every low-rank method: ranks are settled, and the factored network is trained (methods L.7)."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from service.contract.errors import ErrorCode, ProblemError
+from service.contract.events import EventKind
+from service.contract.states import Phase
+from worker.engine.assembly import Recipe, assemble, live_state, load_state, make_recipe, state_of
+from worker.engine.csteps.additive import Projection, project
+from worker.engine.evaluation import evaluate
+from worker.engine.forms.low_rank import Factors
+from worker.engine.methods.context import Context, Outcome, ProgressMeter
+from worker.engine.methods.learning_rate import range_test
+from worker.engine.observer import Saved
+from worker.engine.rank_rows import final_rows
+from worker.engine.selection.steering import fill, pressure_for, settle_dense
+from worker.engine.training import Trainer
+
+STAGE = "fine_tune"
+FINE_TUNE_STREAM = 0xF1
+PATIENCE_EPOCHS_MIN = 5
+PATIENCE_SHARE = 1 / 3  # of the epochs without a better iterate on the select part end the training
+PROHIBITIVE = 1e30  # a pressure at which only the least total rank is kept
+Learned = tuple[torch.jit.ScriptModule, Sequence[Tensor], Sequence[Projection], int]
+
+
+@dataclass
+class Tuning:
+    """State of the factored network's training between two epochs."""
+
+    recipe: Recipe
+    projections: list[Projection]
+    norms: list[float]
+    step: int
+    rate: float
+    module: torch.jit.ScriptModule
+    best: Mapping[str, Tensor]
+    best_score: float
+    epoch: int = 0
+    best_epoch: int = 0
+    momentum: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+def finish(context: Context, learned: Learned | None, meter: ProgressMeter, epochs: int) -> Outcome:
+    """Settle the ranks within the budget, build the factored network, train it, and return its best iterate.
+
+    Parameters
+    ----------
+    context : Context
+        The job.
+    learned : tuple or None
+        The network with its weights W, the C step's targets, the projections and the number of steps that were made;
+        None to take up a checkpoint of this stage.
+    meter : ProgressMeter
+        Counts epochs.
+    epochs : int
+        Epochs of training; 0 leaves Θ as it is.
+
+    Raises
+    ------
+    ProblemError
+        ``CONSTRAINT_UNREACHABLE`` when no layer became cheaper.
+    """
+    tuning = _restore(context) if learned is None else _build(context, *learned)
+    context.observer.ranks(final_rows(tuning.step, context.decisions, tuning.norms, tuning.projections))
+    if context.dataset is not None and epochs > 0:
+        context.observer.phase(Phase.FINE_TUNING)
+        _train(context, tuning, meter, epochs)
+    notes: dict[str, Any] = {
+        "fine_tune_epochs": tuning.epoch,
+        "fine_tune_best_epoch": tuning.best_epoch,
+        "fine_tune_learning_rate": tuning.rate,
+    }
+    return Outcome(tuning.recipe, tuning.best, tuning.projections, tuning.norms, tuning.step, notes)
+
+
+def _build(
+    context: Context,
+    module: torch.jit.ScriptModule,
+    targets: Sequence[Tensor],
+    projections: Sequence[Projection],
+    step: int,
+) -> Tuning:
+    made = _settle(context, targets, projections)
+    names = [problem.layer.name for problem in context.network.problems]
+    factors = {name: projection.factors for name, projection in zip(names, made, strict=True)}
+    recipe = make_recipe(context.network.problems, made)
+    if not recipe:
+        raise ProblemError(
+            ErrorCode.CONSTRAINT_UNREACHABLE,
+            "no layer is worth compressing under this spec: every one stays dense, so the file would not be smaller. "
+            "Lower the budget, or raise method.lambda",
+        )
+    kept = state_of(module)
+    network = assemble(context.source, recipe, context.device, factors, kept)
+    load_state(network, kept)
+    norms = [float(target.to(torch.float64).square().sum()) for target in targets]
+    state = live_state(network, recipe)
+    return Tuning(recipe, made, norms, step, 0.0, network, state, float("inf"))
+
+
+def _settle(context: Context, targets: Sequence[Tensor], projections: Sequence[Projection]) -> list[Projection]:
+    """Final ranks: at least the least total, within the budget, nothing that costs as much as dense."""
+    network = context.network
+    made = []
+    for problem, target, projection in zip(network.problems, targets, projections, strict=True):
+        if projection.dense or sum(projection.ranks) >= problem.rank_total_low:
+            made.append(projection)
+            continue
+        kept = [replace(choice, rank_low=rank) for choice, rank in zip(problem.choices, projection.ranks, strict=True)]
+        made.append(project(target, kept, PROHIBITIVE, rank_total_low=problem.rank_total_low))
+    made = settle_dense(network, made)
+    if context.limit is None:
+        return made
+    if network.size(made) > context.limit:
+        _, made = pressure_for(network, targets, context.limit, warm=[each.factors for each in made])
+        made = settle_dense(network, fill(network, targets, made, context.limit))
+    if network.size(made) > context.limit:
+        raise ProblemError(
+            ErrorCode.CONSTRAINT_UNREACHABLE,
+            f"the smallest size reached is {network.size(made)} {network_metric(context)} of at most {context.limit}",
+        )
+    return made
+
+
+def network_metric(context: Context) -> str:
+    """Unit of the network's size, in words."""
+    problems = context.network.problems
+    return "multiply-adds" if problems and problems[0].metric == "macs" else "parameters"
+
+
+def _train(context: Context, tuning: Tuning, meter: ProgressMeter, epochs: int) -> None:
+    """Train with a cosine schedule; keep the best iterate on the select part, stop early when it is long past."""
+    assert context.dataset is not None  # noqa: S101
+    assert context.objective is not None  # noqa: S101
+    if tuning.epoch == 0:
+        tuning.best_score = _select_score(context, tuning.module)
+        tuning.rate = _rate(context, tuning)
+    trainer = context.trainer(tuning.module)
+    optimizer = trainer.optimizer(tuning.rate)
+    _load_momentum(optimizer, tuning)
+    patience = max(PATIENCE_EPOCHS_MIN, round(epochs * PATIENCE_SHARE))
+    while tuning.epoch < epochs and tuning.epoch - tuning.best_epoch < patience:
+        for group in optimizer.param_groups:
+            group["lr"] = tuning.rate * _cosine(tuning.epoch / epochs)
+        try:
+            loss = trainer.epoch(optimizer, (FINE_TUNE_STREAM, tuning.epoch))
+        except ProblemError as error:
+            if error.code != ErrorCode.DIVERGED:
+                raise
+            message = "the training of the factored network diverged; its best iterate before is kept"
+            context.observer.event(EventKind.WARNING, {"code": "FINE_TUNE_DIVERGED", "message": message})
+            break
+        tuning.epoch += 1
+        score = _select_score(context, tuning.module)
+        if score < tuning.best_score:
+            tuning.best, tuning.best_score, tuning.best_epoch = (
+                live_state(tuning.module, tuning.recipe),
+                score,
+                tuning.epoch,
+            )
+        context.observer.event(
+            EventKind.METRIC,
+            {"name": "objective", "part": "select", "value": score, "epoch": tuning.epoch, "loss": loss},
+        )
+        meter.advance(context.spec.method.mu.steps, 1, loss=loss)
+        context.observer.checkpoint(_save(context, tuning, optimizer), tuning.step + tuning.epoch)
+
+
+def _rate(context: Context, tuning: Tuning) -> float:
+    """Learning rate of the factored network: the spec's, or a range test of its own."""
+    given = context.spec.training.optimizer.lr
+    if given != "auto":
+        return given
+    state = live_state(tuning.module, tuning.recipe)
+
+    def fresh() -> Trainer:
+        copy = assemble(context.source, tuning.recipe, context.device)
+        load_state(copy, state)
+        return context.trainer(copy)
+
+    return range_test(fresh)
+
+
+def _cosine(share: float) -> float:
+    """Cosine from 1 to 0 over the epochs."""
+    return float(0.5 * (1 + torch.cos(torch.tensor(share * torch.pi, dtype=torch.float64))))
+
+
+def _select_score(context: Context, module: torch.jit.ScriptModule) -> float:
+    assert context.dataset is not None  # noqa: S101
+    assert context.objective is not None  # noqa: S101
+    return evaluate(module, context.dataset, "select", context.objective, context.teacher, context.device).objective
+
+
+def _names(module: torch.jit.ScriptModule) -> list[str]:
+    return [name for name, parameter in module.named_parameters() if parameter.requires_grad]
+
+
+def _load_momentum(optimizer: torch.optim.SGD, tuning: Tuning) -> None:
+    if not tuning.momentum:
+        return
+    parameters = optimizer.param_groups[0]["params"]
+    for name, parameter in zip(_names(tuning.module), parameters, strict=True):
+        if name in tuning.momentum:
+            optimizer.state[parameter]["momentum_buffer"] = tuning.momentum[name].to(parameter.device)
+
+
+def _save(context: Context, tuning: Tuning, optimizer: torch.optim.SGD) -> Saved:
+    tensors = {f"network.{name}": tensor for name, tensor in live_state(tuning.module, tuning.recipe).items()}
+    tensors |= {f"best.{name}": tensor for name, tensor in tuning.best.items()}
+    parameters = optimizer.param_groups[0]["params"]
+    for name, parameter in zip(_names(tuning.module), parameters, strict=True):
+        held = optimizer.state.get(parameter, {}).get("momentum_buffer")
+        if held is not None:
+            tensors[f"momentum.{name}"] = held.detach().cpu()
+    state: dict[str, Any] = {
+        "stage": STAGE,
+        "step": tuning.step,
+        "done_epochs": context.spec.method.mu.steps * context.spec.training.epochs_per_step + tuning.epoch,
+        "epoch": tuning.epoch,
+        "best_epoch": tuning.best_epoch,
+        "best_score": tuning.best_score,
+        "rate": tuning.rate,
+        "norms": tuning.norms,
+        "recipe": tuning.recipe,
+        "projections": [
+            {"ranks": list(made.ranks), "error": made.error, "objective": made.objective, "dense": made.dense}
+            for made in tuning.projections
+        ],
+        "resolved": context.resolved,
+    }
+    return Saved(tensors, state)
+
+
+def _restore(context: Context) -> Tuning:
+    assert context.saved is not None  # noqa: S101
+    tensors, state = context.saved.tensors, context.saved.state
+
+    def under(prefix: str) -> dict[str, Tensor]:
+        return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+    module = assemble(context.source, state["recipe"], context.device)
+    load_state(module, under("network."))
+    projections = []
+    for problem, kept in zip(context.network.problems, state["projections"], strict=True):
+        factors = tuple(
+            Factors(torch.zeros(choice.term.reshape.matrix[0], rank), torch.zeros(rank, choice.term.reshape.matrix[1]))
+            for choice, rank in zip(problem.choices, kept["ranks"], strict=True)
+        )
+        projections.append(Projection(factors, kept["error"], kept["objective"], 0, kept["dense"]))
+    context.resolved.update(state["resolved"])
+    context.observer.resolved(context.resolved)
+    return Tuning(
+        state["recipe"],
+        projections,
+        state["norms"],
+        state["step"],
+        state["rate"],
+        module,
+        under("best."),
+        state["best_score"],
+        state["epoch"],
+        state["best_epoch"],
+        under("momentum."),
+    )

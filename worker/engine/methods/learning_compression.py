@@ -1,0 +1,362 @@
+"""Learning-Compression with additive low-rank terms (Idelbayev and Carreira-Perpiñán, DCC 2021; methods L.1–L.7).
+
+min L(W) + λ C(r) subject to W = Σ Θₜ with rank Rₜ(Θₜ) = rₜ, by penalty or augmented Lagrangian over μ₁ < μ₂ < …:
+an L step trains L(W) + (μ/2)‖W − Θ − β/μ‖², a C step projects W − β/μ onto the sums of low-rank matrices, and
+β ← β − μ(W − Θ). Under a budget λ starts where the reference's spectrum meets it, is adapted from a third of the
+steps on, and in the last fifth the ranks are held within the budget; then the ranks are fixed and the factored
+network is trained (methods L.7 has the measurements behind each of these).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from service.contract.errors import ErrorCode, ProblemError
+from service.contract.events import EventKind
+from service.contract.plan import RankRow
+from service.contract.spec import LearningCompressionSpec
+from service.contract.states import Phase
+from worker.engine.assembly import load_state, state_of
+from worker.engine.csteps.additive import Projection
+from worker.engine.forms.low_rank import Factors
+from worker.engine.methods.context import Context, Outcome, ProgressMeter
+from worker.engine.methods.factored import finish
+from worker.engine.methods.learning_rate import range_test, step_rate
+from worker.engine.observer import Saved
+from worker.engine.rank_rows import changed, step_rows
+from worker.engine.selection.steering import (
+    composed,
+    fill,
+    nothing_yet,
+    pressure_for,
+    project_all,
+)
+from worker.engine.training import Penalty
+
+STAGE = "learning"
+LEARNING_STREAM = 0x1C  # stream of the order of samples
+PULL_FIRST = 0.35  # μ₁ · rate · updates of an L step / (1 − momentum): that of the published LeNet300 runs
+ADAPT_FROM = 1 / 3  # of the steps: λ is adapted towards the budget
+HOLD_FROM = 4 / 5  # of the steps: ranks are held within the budget
+RETRIES_MAX = 3  # an L step that diverges is repeated at half the rate
+DIRECT_MU = 1.0  # one C step without training; only λ/μ matters
+SENSIBLE_ENERGY = 0.5  # under a given λ, μ₁ is at least where half of the spectrum's energy is worth its price
+
+
+@dataclass
+class Loop:
+    """State of the LC loop between two steps."""
+
+    module: torch.jit.ScriptModule
+    weights: list[Tensor]
+    multipliers: list[Tensor]
+    projections: list[Projection]
+    pressure: float
+    mu_first: float
+    rate: float
+    step: int = 0
+    rate_scale: float = 1.0
+    rows: list[RankRow] = field(default_factory=list)
+
+    def factors(self) -> list[tuple[Factors, ...]]:
+        """Θ of each layer."""
+        return [made.factors for made in self.projections]
+
+
+class LearningCompression:
+    """The method `learning_compression`."""
+
+    def run(self, context: Context) -> Outcome:
+        """Compress; without data, by one C step on the reference (direct compression)."""
+        if context.dataset is None:
+            return self._direct(context)
+        method = context.spec.method
+        epochs = method.mu.steps * context.spec.training.epochs_per_step
+        tuning = context.spec.fine_tune.resolved_epochs(epochs)
+        context.observer.phase(Phase.LEARNING)
+        saved = context.saved
+        stage = saved.state["stage"] if saved is not None else None
+        done = int(saved.state["done_epochs"]) if saved is not None else 0
+        meter = ProgressMeter(context.observer, epochs + tuning, method.mu.steps, done)
+        if stage not in {None, STAGE}:
+            return finish(context, None, meter, tuning)
+        loop = _restore(context) if stage == STAGE else _begin(context)
+        while loop.step < method.mu.steps:
+            _step(context, loop, meter)
+            context.observer.checkpoint(_save(context, loop), loop.step)
+        targets = [_target(loop, index, _mu(context, loop, loop.step - 1)) for index in range(len(loop.weights))]
+        return finish(context, (loop.module, targets, loop.projections, loop.step), meter, tuning)
+
+    def _direct(self, context: Context) -> Outcome:
+        context.observer.phase(Phase.LEARNING)
+        module = context.copy()
+        weights = _weights(context, module)
+        made = _steered(context, weights, _pressure_given(context, DIRECT_MU), None)[1]
+        rows = step_rows(0, context.network.problems, _norms(weights), made)
+        context.observer.ranks(rows)
+        meter = ProgressMeter(context.observer, 1, 1)
+        targets = [weight.detach() for weight in weights]
+        outcome = finish(context, (module, targets, made, 1), meter, 0)
+        meter.advance(1, 1)
+        return outcome
+
+
+def _begin(context: Context) -> Loop:
+    """Start from the reference; Θ is its direct compression, or 0 in the literal mode."""
+    module = context.copy()
+    weights = _weights(context, module)
+    mu_given = context.spec.method.mu.initial
+    guess = 1.0 if mu_given == "auto" else mu_given
+    pressure, made = _steered(context, weights, _pressure_given(context, guess), None)
+    rate = context.spec.training.optimizer.lr
+    if rate == "auto":
+        rate = range_test(lambda: context.trainer(_projected_copy(context, made)))
+        context.resolve("training.optimizer.lr", rate)
+    mu_first = _mu_first(context, weights, rate) if mu_given == "auto" else mu_given
+    context.resolve("method.mu.initial", mu_first)
+    if context.limit is None:
+        pressure = _pressure_given(context, mu_first) or 0.0
+        made = project_all(context.network, weights, pressure, None, None)
+    if _literal(context.spec.method):
+        made = [
+            Projection(factors, float(w.detach().double().square().sum()), 0.0, 0)
+            for factors, w in zip(nothing_yet(context.network, weights), weights, strict=True)
+        ]
+    multipliers = [torch.zeros_like(weight) for weight in weights]
+    return Loop(module, weights, multipliers, made, pressure, mu_first, rate)
+
+
+def _step(context: Context, loop: Loop, meter: ProgressMeter) -> None:
+    """One L step, one C step, and the multipliers; `loop.pressure` is 2λ/μ of the step."""
+    mu = _mu(context, loop, loop.step)
+    if loop.step > 0:  # λ stays, μ grew
+        loop.pressure *= _mu(context, loop, loop.step - 1) / mu
+    loss, penalty = _l_step(context, loop, mu, meter)
+    targets = [_target(loop, index, mu) for index in range(len(loop.weights))]
+    loop.projections = _c_step(context, loop, targets)
+    distance = _update_multipliers(context, loop, mu)
+    size = context.network.size(loop.projections)
+    rows = step_rows(loop.step, context.network.problems, _norms(loop.weights), loop.projections)
+    context.observer.ranks(changed(rows, loop.rows))
+    loop.rows = rows
+    fraction = size / context.network.dense_size
+    context.observer.event(
+        EventKind.STEP,
+        {
+            "step": loop.step + 1,
+            "total_steps": context.spec.method.mu.steps,
+            "mu": mu,
+            "lambda": loop.pressure * mu / 2,
+            "loss": loss,
+            "penalty": penalty,
+            "distance": distance,
+            "cost": size,
+            "cost_fraction": fraction,
+            "sweeps": max((made.sweeps for made in loop.projections), default=0),
+        },
+    )
+    loop.step += 1
+    meter.advance(loop.step, 0, loss=loss, cost=fraction)
+
+
+def _l_step(context: Context, loop: Loop, mu: float, meter: ProgressMeter) -> tuple[float, float]:
+    """Train L(W) + (μ/2)‖W − Θ − β/μ‖²; a step that diverges is repeated from its start at half the rate."""
+    start = state_of(loop.module)
+    steps = context.spec.method.mu.steps
+    for _ in range(RETRIES_MAX + 1):
+        penalty = _penalty(context, loop, mu)
+        trainer = context.trainer(loop.module)
+        optimizer = trainer.optimizer(step_rate(loop.rate * loop.rate_scale, loop.step, steps, mu))
+        loss, made = 0.0, 0
+        try:
+            for epoch in range(context.spec.training.epochs_per_step):
+                loss = trainer.epoch(optimizer, (LEARNING_STREAM, loop.step, epoch), penalty)
+                made += 1
+                meter.advance(loop.step, 1, loss=loss)
+        except ProblemError as error:
+            if error.code != ErrorCode.DIVERGED:
+                raise
+            meter.advance(loop.step, -made)
+            load_state(loop.module, start)
+            loop.rate_scale *= 0.5
+            message = f"step {loop.step + 1} diverged; it is repeated at half the learning rate"
+            context.observer.event(EventKind.WARNING, {"code": "L_STEP_DIVERGED", "message": message})
+            continue
+        return loss, penalty.value()
+    raise ProblemError(
+        ErrorCode.DIVERGED,
+        f"step {loop.step + 1} diverges even at a learning rate of {loop.rate * loop.rate_scale:.3g}",
+    )
+
+
+def _c_step(context: Context, loop: Loop, targets: Sequence[Tensor]) -> list[Projection]:
+    """Project, and steer λ towards the budget (methods L.7)."""
+    method, network = context.spec.method, context.network
+    sweeps = method.c_step.sweeps if method.c_step.sweeps != "auto" else None
+    share = (loop.step + 1) / method.mu.steps
+    if context.limit is not None and share > HOLD_FROM:
+        start = max(loop.pressure, 1e-30)
+        loop.pressure, made = pressure_for(network, targets, context.limit, start=start, warm=loop.factors())
+        return fill(network, targets, made, context.limit)
+    made = project_all(network, targets, loop.pressure, loop.factors(), sweeps)
+    if context.limit is not None and share > ADAPT_FROM:
+        loop.pressure *= (network.size(made) / context.limit) ** 0.5
+    return made
+
+
+def _update_multipliers(context: Context, loop: Loop, mu: float) -> float:
+    """β ← β − μ(W − Θ) where multipliers are used; returns Σ ‖W − Θ‖² over the compressed layers."""
+    distance = 0.0
+    with torch.no_grad():
+        for index, (problem, made) in enumerate(zip(context.network.problems, loop.projections, strict=True)):
+            if made.dense:
+                loop.multipliers[index].zero_()
+                continue
+            weight = loop.weights[index]
+            difference = weight - composed(problem, made.factors).to(weight.dtype)
+            distance += float(difference.square().sum())
+            if context.spec.method.multipliers:
+                loop.multipliers[index].sub_(difference, alpha=mu)
+    return distance
+
+
+def _penalty(context: Context, loop: Loop, mu: float) -> Penalty:
+    """Pull of every compressed layer towards Θ + β/μ; a layer that is dense by now is free."""
+    weights, anchors = [], []
+    for index, (problem, made) in enumerate(zip(context.network.problems, loop.projections, strict=True)):
+        if made.dense:
+            continue
+        weight = loop.weights[index]
+        weights.append(weight)
+        anchors.append(composed(problem, made.factors).to(weight.dtype) + loop.multipliers[index] / mu)
+    return Penalty(weights, anchors, mu)
+
+
+def _steered(
+    context: Context, weights: Sequence[Tensor], pressure: float | None, warm: Sequence[Sequence[Factors]] | None
+) -> tuple[float, list[Projection]]:
+    """Ranks on a spectrum: within the budget where there is one, else at the given pressure."""
+    if context.limit is None:
+        given = pressure if pressure is not None else 0.0
+        return given, project_all(context.network, weights, given, warm, None)
+    found, made = pressure_for(context.network, weights, context.limit)
+    return found, fill(context.network, weights, made, context.limit)
+
+
+def _mu_first(context: Context, weights: Sequence[Tensor], rate: float) -> float:
+    """μ₁ = where one L step's pull is that of the published runs, and under a given λ where ranks are sensible."""
+    assert context.dataset is not None  # noqa: S101  run() made sure
+    training = context.spec.training
+    updates = -(-context.dataset.size("train") // training.batch_size) * training.epochs_per_step
+    mu = PULL_FIRST * (1 - training.optimizer.momentum) / (updates * rate)
+    given = context.spec.method.lambda_
+    if given is None:
+        return mu
+    total = sum(_norms(weights))
+    for _ in range(60):  # doubling spans 18 orders of magnitude
+        made = project_all(context.network, weights, 2 * given / mu, None, None)
+        if total - sum(0.0 if each.dense else each.error for each in made) >= SENSIBLE_ENERGY * total:
+            break
+        mu *= 2
+    return mu
+
+
+def _projected_copy(context: Context, made: Sequence[Projection]) -> torch.jit.ScriptModule:
+    """Make a copy of the reference with W = Θ: where there is a loss to win back, rates can be told apart."""
+    module = context.copy()
+    with torch.no_grad():
+        for problem, weight, projection in zip(context.network.problems, _weights(context, module), made, strict=True):
+            if not projection.dense:
+                weight.copy_(composed(problem, projection.factors))
+    return module
+
+
+def _weights(context: Context, module: torch.jit.ScriptModule) -> list[Tensor]:
+    parameters = dict(module.named_parameters())
+    found: list[Tensor] = [parameters[str(problem.layer.weight)] for problem in context.network.problems]
+    for weight in found:
+        weight.requires_grad_(True)
+    return found
+
+
+def _norms(weights: Sequence[Tensor]) -> list[float]:
+    return [float(weight.detach().to(torch.float64).square().sum()) for weight in weights]
+
+
+def _target(loop: Loop, index: int, mu: float) -> Tensor:
+    """W − β/μ, which the C step projects."""
+    return loop.weights[index].detach() - loop.multipliers[index] / mu
+
+
+def _mu(context: Context, loop: Loop, step: int) -> float:
+    return loop.mu_first * context.spec.method.mu.growth_factor ** max(step, 0)
+
+
+def _pressure_given(context: Context, mu: float) -> float | None:
+    given = context.spec.method.lambda_
+    return None if given is None else 2 * given / mu
+
+
+def _literal(method: LearningCompressionSpec) -> bool:
+    """Whether the spec asks for the slides' pseudocode: a fixed number of sweeps and no multipliers."""
+    return method.c_step.sweeps != "auto" and not method.multipliers
+
+
+def _save(context: Context, loop: Loop) -> Saved:
+    tensors = {f"network.{name}": tensor for name, tensor in state_of(loop.module).items()}
+    for index, (multiplier, made) in enumerate(zip(loop.multipliers, loop.projections, strict=True)):
+        tensors[f"multiplier.{index}"] = multiplier.cpu()
+        for place, factors in enumerate(made.factors):
+            tensors[f"left.{index}.{place}"] = factors.left.cpu().contiguous()
+            tensors[f"right.{index}.{place}"] = factors.right.cpu().contiguous()
+    state: dict[str, Any] = {
+        "stage": STAGE,
+        "step": loop.step,
+        "done_epochs": loop.step * context.spec.training.epochs_per_step,
+        "pressure": loop.pressure,
+        "mu_first": loop.mu_first,
+        "rate": loop.rate,
+        "rate_scale": loop.rate_scale,
+        "projections": [
+            {"error": p.error, "objective": p.objective, "sweeps": p.sweeps, "dense": p.dense} for p in loop.projections
+        ],
+        "rows": [row.model_dump(mode="json") for row in loop.rows],
+    }
+    return Saved(tensors, state)
+
+
+def _restore(context: Context) -> Loop:
+    """Take up where a checkpoint stood."""
+    assert context.saved is not None  # noqa: S101
+    tensors, state = context.saved.tensors, context.saved.state
+    module = context.copy()
+    prefix = "network."
+    load_state(module, {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)})
+    projections, multipliers = [], []
+    for index, (problem, kept) in enumerate(zip(context.network.problems, state["projections"], strict=True)):
+        multipliers.append(tensors[f"multiplier.{index}"].to(context.device))
+        factors = tuple(
+            Factors(
+                tensors[f"left.{index}.{place}"].to(context.device),
+                tensors[f"right.{index}.{place}"].to(context.device),
+            )
+            for place in range(len(problem.choices))
+        )
+        projections.append(Projection(factors, kept["error"], kept["objective"], kept["sweeps"], kept["dense"]))
+    context.resolve("training.optimizer.lr", state["rate"])
+    context.resolve("method.mu.initial", state["mu_first"])
+    return Loop(
+        module,
+        _weights(context, module),
+        multipliers,
+        projections,
+        state["pressure"],
+        state["mu_first"],
+        state["rate"],
+        state["step"],
+        state["rate_scale"],
+        [RankRow.model_validate(row) for row in state["rows"]],
+    )

@@ -1,0 +1,78 @@
+"""The learning rate by a short range test on a copy, and its limits in the L step."""
+
+from collections.abc import Callable
+from math import inf
+
+import numpy as np
+import torch
+
+from service.contract.errors import ErrorCode, ProblemError
+from worker.engine.forward import call
+from worker.engine.training import Trainer
+
+CANDIDATES = (0.2, 0.1, 0.05, 0.02, 0.01, 0.005, 0.002, 0.001)
+RANGE_TEST_UPDATES = 30
+RANGE_TEST_STAGE = 0x1A  # a stream of its own for the order of samples
+PROBE_SAMPLES = 1024
+DECAY_OVER_RUN = 0.95**25  # methods L.7: 0.95 per step over 25 steps
+
+
+def range_test(make_trainer: Callable[[], Trainer]) -> float:
+    """Return the rate that lowers the objective most in a few updates from the same start.
+
+    Parameters
+    ----------
+    make_trainer : callable
+        Makes a trainer on a fresh copy of the network to be trained.
+
+    Raises
+    ------
+    ProblemError
+        ``DIVERGED`` when even the smallest rate leaves no finite loss.
+    """
+    best_rate, best_loss = 0.0, inf
+    for rate in CANDIDATES:
+        trainer = make_trainer()
+        optimizer = trainer.optimizer(rate)
+        left, epoch = RANGE_TEST_UPDATES, 0
+        try:
+            per_epoch = max(len(range(0, trainer.dataset.size("train"), trainer.batch_size)), 1)
+            while left > 0:
+                trainer.epoch(optimizer, (RANGE_TEST_STAGE, epoch), updates_max=left)
+                left, epoch = left - per_epoch, epoch + 1
+            loss = _probe(trainer)
+        except ProblemError as error:
+            if error.code != ErrorCode.DIVERGED:
+                raise
+            continue
+        if loss < best_loss:
+            best_rate, best_loss = rate, loss
+    if best_rate == 0.0:
+        raise ProblemError(
+            ErrorCode.DIVERGED,
+            f"training diverges at every learning rate from {CANDIDATES[0]} to {CANDIDATES[-1]}; check the scale "
+            "of the inputs (data.scale, data.mean, data.std) or set training.optimizer.lr",
+        )
+    return best_rate
+
+
+def step_rate(initial: float, step: int, steps: int, mu: float) -> float:
+    """Rate of one L step: falls over the run, and is never above 1/μ (the LC papers' clipping)."""
+    return float(min(initial * DECAY_OVER_RUN ** (step / max(steps, 1)), 1.0 / mu))
+
+
+def _probe(trainer: Trainer) -> float:
+    """Objective on the first training samples, in evaluation mode."""
+    positions = np.arange(min(PROBE_SAMPLES, trainer.dataset.size("train")))
+    trainer.module.eval()
+    total = 0.0
+    with torch.no_grad():
+        for start in range(0, len(positions), trainer.micro_batch_size):
+            rows = positions[start : start + trainer.micro_batch_size]
+            batch = trainer.dataset.rows("train", rows, trainer.device)
+            wanted = trainer.teacher.outputs("train", rows, batch) if trainer.teacher is not None else None
+            total += float(trainer.objective.loss(call(trainer.module, batch.inputs), batch.targets, wanted)) * len(
+                rows
+            )
+    mean = total / len(positions)
+    return mean if np.isfinite(mean) else inf

@@ -1,0 +1,214 @@
+"""Choosing ranks for all layers at once: by a pressure 2λ/μ, or so that a budget is met (methods L.2, L.7)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from heapq import heapify, heappop, heappush
+from math import exp, log
+
+import torch
+from torch import Tensor
+
+from worker.engine.csteps.additive import Projection, empty_factors, project
+from worker.engine.csteps.spectrum import energies_of
+from worker.engine.forms.low_rank import Factors
+from worker.engine.layer_rules import LayerProblem
+
+BISECTIONS_FIRST = 24  # on the reference's spectrum: brackets λ over its whole range
+BISECTIONS_STEP = 8  # inside the loop, from the λ before
+POLISH_SWEEPS = 3
+
+
+@dataclass(frozen=True)
+class Network:
+    """All layer problems, with the size of everything else.
+
+    Parameters
+    ----------
+    problems : tuple of LayerProblem
+        Layers that can be compressed.
+    rest : int
+        Size of the network without these layers' weights, in the metric of the problems.
+    """
+
+    problems: tuple[LayerProblem, ...]
+    rest: int
+
+    def size(self, projections: Sequence[Projection]) -> int:
+        """Size of the whole network with these projections."""
+        return self.rest + sum(layer_size(p, made) for p, made in zip(self.problems, projections, strict=True))
+
+    @property
+    def least_size(self) -> int:
+        """Size that no choice of ranks can go below."""
+        return self.rest + sum(problem.least_size for problem in self.problems)
+
+    @property
+    def dense_size(self) -> int:
+        """Size of the reference."""
+        return self.rest + sum(problem.dense_size for problem in self.problems)
+
+
+def layer_size(problem: LayerProblem, projection: Projection) -> int:
+    """Size of a layer with its projection."""
+    return problem.dense_size if projection.dense else problem.size(projection.ranks)
+
+
+def project_all(
+    network: Network,
+    weights: Sequence[Tensor],
+    pressure: float,
+    warm: Sequence[Sequence[Factors]] | None,
+    sweeps: int | None,
+) -> list[Projection]:
+    """Make the C step of every layer.
+
+    Parameters
+    ----------
+    network : Network
+        The problems.
+    weights : sequence of Tensor
+        W (or W − β/μ) of each problem.
+    pressure : float
+        2λ/μ.
+    warm : sequence, optional
+        Θ of the step before.
+    sweeps : int, optional
+        Fixed number of sweeps: the literal alternation, without dense as a candidate.
+    """
+    return [
+        project(
+            weight,
+            problem.choices,
+            pressure,
+            warm=None if warm is None else warm[index],
+            sweeps=sweeps,
+            rank_total_low=problem.rank_total_low,
+            dense_cost=None if sweeps is not None or problem.fixed else problem.dense_price,
+        )
+        for index, (problem, weight) in enumerate(zip(network.problems, weights, strict=True))
+    ]
+
+
+def pressure_for(
+    network: Network,
+    weights: Sequence[Tensor],
+    limit: int,
+    *,
+    start: float | None = None,
+    warm: Sequence[Sequence[Factors]] | None = None,
+) -> tuple[float, list[Projection]]:
+    """Find the smallest pressure, to a bisection's precision, whose ranks meet the limit.
+
+    The curve pressure ↦ size needs no training: ranks are thresholds on σ²/α. Returned is the feasible side, so the
+    size never exceeds the limit.
+    """
+    high = start if start is not None else _highest_pressure(network, weights)
+    made = project_all(network, weights, high, warm, None)
+    low: float | None = None
+    while network.size(made) > limit:
+        low, high = high, high * 4
+        made = project_all(network, weights, high, warm, None)
+        if high > 4 * _highest_pressure(network, weights):
+            break
+    if low is None:
+        low = high / 4
+        while network.size(at_low := project_all(network, weights, low, warm, None)) <= limit and low > high * 1e-12:
+            high, made, low = low, at_low, low / 4
+    for _ in range(BISECTIONS_FIRST if start is None else BISECTIONS_STEP):
+        middle = exp(0.5 * (log(low) + log(high)))
+        tried = project_all(network, weights, middle, warm, None)
+        if network.size(tried) <= limit:
+            high, made = middle, tried
+        else:
+            low = middle
+    return high, made
+
+
+def fill(
+    network: Network, weights: Sequence[Tensor], projections: Sequence[Projection], limit: int
+) -> list[Projection]:
+    """Use what a budget has left: raise ranks by the largest σ²/cost that still fits, then fit at those ranks.
+
+    A layer never grows to the size of its dense form, and the limit is never exceeded.
+    """
+    ranks = [list(made.ranks) for made in projections]
+    left = limit - network.size(projections)
+    queue: list[tuple[float, int, int, int]] = []
+    spectra: dict[tuple[int, int], Tensor] = {}
+    for index, (problem, weight, made) in enumerate(zip(network.problems, weights, projections, strict=True)):
+        if made.dense:
+            continue
+        residual = weight.detach().to(torch.float64) - composed(problem, made.factors)
+        for place, choice in enumerate(problem.choices):
+            if made.ranks[place] < choice.rank_high:
+                spectra[index, place] = energies_of(choice.term.reshape.to_matrix(residual))
+                queue.append(_entry(network, spectra, index, place, 0))
+    heapify(queue)
+    while queue:
+        _, index, place, taken = heappop(queue)
+        problem = network.problems[index]
+        raised = [rank + (position == place) for position, rank in enumerate(ranks[index])]
+        extra = problem.size(raised) - problem.size(ranks[index])
+        fits = extra <= left and problem.size(raised) < problem.dense_size
+        if not fits or raised[place] > problem.choices[place].rank_high:
+            continue
+        ranks[index], left = raised, left - extra
+        if taken + 1 < len(spectra[index, place]):
+            heappush(queue, _entry(network, spectra, index, place, taken + 1))
+    return at_ranks(network, weights, projections, ranks)
+
+
+def at_ranks(
+    network: Network, weights: Sequence[Tensor], projections: Sequence[Projection], ranks: Sequence[Sequence[int]]
+) -> list[Projection]:
+    """Fit every layer at fixed ranks, from the given factors."""
+    made = []
+    for problem, weight, projection, wanted in zip(network.problems, weights, projections, ranks, strict=True):
+        if projection.dense:
+            made.append(projection)
+            continue
+        fixed = [choice.at_rank(rank) for choice, rank in zip(problem.choices, wanted, strict=True)]
+        made.append(project(weight, fixed, 0.0, warm=projection.factors, sweeps=POLISH_SWEEPS))
+    return made
+
+
+def composed(problem: LayerProblem, factors: Sequence[Factors]) -> Tensor:
+    """Sum of a layer's terms as a dense weight, float64."""
+    parts = [choice.term.project(made) for choice, made in zip(problem.choices, factors, strict=True)]
+    return torch.stack(parts).sum(dim=0)
+
+
+def nothing_yet(network: Network, weights: Sequence[Tensor]) -> list[tuple[Factors, ...]]:
+    """Θ = 0 for every layer, as the loop begins."""
+    return [
+        tuple(empty_factors(choice.term, weight) for choice in problem.choices)
+        for problem, weight in zip(network.problems, weights, strict=True)
+    ]
+
+
+def settle_dense(network: Network, projections: Sequence[Projection]) -> list[Projection]:
+    """Leave dense every layer whose sum costs no less than its dense form in the metric (never worse)."""
+    return [
+        Projection(made.factors, 0.0, made.objective, made.sweeps, dense=True)
+        if made.dense or problem.size(made.ranks) >= problem.dense_size
+        else made
+        for problem, made in zip(network.problems, projections, strict=True)
+    ]
+
+
+def _entry(
+    network: Network, spectra: dict[tuple[int, int], Tensor], index: int, place: int, taken: int
+) -> tuple[float, int, int, int]:
+    choice = network.problems[index].choices[place]
+    gain = float(spectra[index, place][taken]) / max(choice.price, 1e-300)
+    return (-gain, index, place, taken)
+
+
+def _highest_pressure(network: Network, weights: Sequence[Tensor]) -> float:
+    """Pressure at which no rank of any layer is worth its price."""
+    highest = 1e-30
+    for problem, weight in zip(network.problems, weights, strict=True):
+        norm = float(weight.detach().to(torch.float64).square().sum())
+        prices = [choice.price for choice in problem.choices if choice.price > 0]
+        highest = max([highest, *(2 * norm / price for price in prices)])
+    return highest
