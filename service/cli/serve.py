@@ -1,5 +1,6 @@
 """`serve` and `migrate`: the composition root, where the extras are imported, lazily."""
 
+import signal
 import socket
 import sys
 from collections.abc import Callable, Iterator
@@ -124,10 +125,17 @@ def _announce(settings: "Settings", listener: socket.socket, key_file: Path | No
     if key_file is None:
         click.echo("The API key is the one in RANKPRESS_API_KEY")
     else:
-        services_file.record(url, key_file)
-        click.echo(f"The API key is in {key_file}; the rankpress command finds it by itself")
+        click.echo(f"The API key is in {key_file}{_remember(url, key_file)}")
     click.echo(f"Data is kept in {settings.data_dir.absolute()}; stop with Ctrl-C")
     sys.stdout.flush()
+
+
+def _remember(url: str, key_file: Path) -> str:
+    try:
+        services_file.record(url, key_file)
+    except OSError:
+        return "; give it to the rankpress command as RANKPRESS_API_KEY"
+    return "; the rankpress command finds it by itself"
 
 
 def _run(app: "FastAPI", listener: socket.socket, announce: Callable[[], None]) -> None:
@@ -142,5 +150,8 @@ def _run(app: "FastAPI", listener: socket.socket, announce: Callable[[], None]) 
     config = uvicorn.Config(
         app, log_config=None, access_log=False, server_header=False, timeout_graceful_shutdown=SHUTDOWN_SECONDS
     )
+    for number in (signal.SIGINT, signal.SIGTERM):
+        # Once it has stopped in order, uvicorn raises the signal that asked for it a second time.
+        signal.signal(number, lambda *_: None)
     with listener:
         AnnouncingServer(config).run(sockets=[listener])

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from service.cli.exits import ExitCode
 from service.cli.outcome import Outcome
 from service.cli.output import note
 from service.cli.progress import JobBar
-from service.client import Client, ClientError
+from service.client import Client, ClientError, ServiceProblem
 from service.contract.errors import ErrorCode, ProblemError
 from service.contract.resources import ArtifactResource, JobResource
 from service.contract.states import JobState
@@ -54,7 +55,8 @@ class Trip:
             if not self.cancel_on_interrupt:
                 raise
             note(f"canceling {job.id} …")
-            self.client.cancel(job.id)
+            with suppress(ServiceProblem):  # it may have ended just now
+                self.client.cancel(job.id)
             return self.client.wait(job.id, timeout_seconds=CANCEL_SECONDS)
 
     def fetch(self, job_id: str, output: Path | None) -> None:
