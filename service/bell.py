@@ -1,0 +1,101 @@
+"""The bell: one Celery message that says "there is work", and carries no promise."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import structlog
+from celery import Celery
+from kombu.exceptions import ChannelError
+
+from service.settings import Settings
+
+RUN_NEXT = "worker.tasks.run_next"
+CONNECT_SECONDS = 2  # a 202 waits no longer than this for a broker that is away
+
+log = structlog.get_logger(__name__)
+
+
+def celery_configuration(settings: Settings) -> dict[str, Any]:
+    """Celery's settings, the same for the side that rings and the side that works.
+
+    The row in SQL keeps every promise (state, attempts, deadlines, results), so Celery is told to keep none.
+    """
+    transport = (
+        {"polling_interval": 0.05}
+        if settings.embedded
+        else {
+            "socket_connect_timeout": CONNECT_SECONDS,
+            "socket_timeout": 30,
+            "socket_keepalive": True,
+            "health_check_interval": 25,
+            "retry_on_timeout": True,
+        }
+    )
+    return {
+        "broker_url": settings.broker_url,
+        "broker_transport_options": transport,
+        "broker_connection_retry_on_startup": True,
+        "broker_connection_max_retries": None,
+        "imports": ("worker.tasks",),
+        "task_default_queue": settings.queue,
+        "task_serializer": "json",
+        "accept_content": ["json"],
+        "task_ignore_result": True,
+        "task_acks_late": False,
+        "task_reject_on_worker_lost": False,
+        "task_publish_retry": False,
+        "worker_disable_prefetch": not settings.embedded,
+        "worker_prefetch_multiplier": 1,
+        "worker_pool": "threads" if settings.embedded else "prefork",
+        "worker_concurrency": settings.slots,
+        "worker_soft_shutdown_timeout": settings.drain_grace_seconds,
+        "worker_cancel_long_running_tasks_on_connection_loss": False,
+        "worker_send_task_events": False,
+        "worker_hijack_root_logger": False,
+        "worker_redirect_stdouts": False,
+        "enable_utc": True,
+    }
+
+
+def make_celery(settings: Settings) -> Celery:
+    """A Celery app with the service's configuration; an embedded service shares one between its two sides."""
+    app = Celery("rankpress", set_as_current=False)
+    app.conf.update(celery_configuration(settings))
+    return app
+
+
+class Bell:
+    """Rings the broker, best effort: what fails is logged, for the reconciler rings again."""
+
+    def __init__(self, app: Celery) -> None:
+        self.app = app
+
+    def ring(self, queue: str, count: int = 1) -> bool:
+        """Wake up to `count` workers of the queue; never raises, and says whether the broker took it."""
+        try:
+            with self._connection() as connection:
+                for _ in range(count):
+                    self.app.send_task(RUN_NEXT, queue=queue, ignore_result=True, retry=False, connection=connection)
+        except Exception as error:  # noqa: BLE001 - transports raise what they like, and a job is accepted without one
+            log.warning("bell_failed", queue=queue, error=repr(error))
+            return False
+        return True
+
+    def queue_depth(self, queue: str) -> int | None:
+        """How many bells wait in the queue; None when the broker is away."""
+        try:
+            with self._connection() as connection:
+                return int(connection.default_channel.queue_declare(queue, passive=True).message_count)
+        except ChannelError:
+            return 0  # a queue that was never declared is empty
+        except Exception as error:  # noqa: BLE001 - transports raise what they like
+            log.warning("broker_away", queue=queue, error=repr(error))
+            return None
+
+    @contextmanager
+    def _connection(self) -> Iterator[Any]:
+        # kombu goes on trying for ever unless the transport's own options say otherwise.
+        once = {"max_retries": 1, "interval_start": 0, "interval_step": 0, "interval_max": 0}
+        with self.app.connection_for_write(transport_options=once) as connection:
+            yield connection

@@ -1,0 +1,228 @@
+"""Bytes by key: in files beside the database, or in an object store, both through obstore."""
+
+import hashlib
+import os
+import re
+import secrets
+import shutil
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import obstore
+from obstore.store import LocalStore, ObjectStore, from_url
+
+from service.blobs.writer import BLOCK_BYTES, BlobWriter, StagedBlob
+from service.contract.errors import ErrorCode, ProblemError
+
+_KEY = re.compile(r"sha256/[0-9a-f]{2}/[0-9a-f]{62}|checkpoints/job_[0-9a-z]{26}/[0-9]+/[0-9A-Za-z][0-9A-Za-z._-]*")
+_PREFIXES = ("sha256", "checkpoints")
+_STAGING = "staging"
+
+
+def content_key(sha256: str) -> str:
+    """The key of a file by its content; no text of a user ever becomes a path."""
+    if not re.fullmatch("[0-9a-f]{64}", sha256):
+        raise ValueError(f"expected a SHA-256 in 64 hexadecimal digits; found {sha256!r}")
+    return f"sha256/{sha256[:2]}/{sha256[2:]}"
+
+
+def checkpoint_key(job_id: str, epoch: int, step: int) -> str:
+    """The key of a checkpoint; it holds the epoch, so that no attempt ever writes where another one reads."""
+    return _checked(f"checkpoints/{job_id}/{epoch}/{step}-{secrets.token_hex(4)}")
+
+
+class BlobStore:
+    """One store by its URL (`file://`, `s3://`, …); files are staged beside it, or in `staging_dir`."""
+
+    def __init__(self, url: str, *, staging_dir: Path | None = None) -> None:
+        parts = urlsplit(url)
+        self.url = url
+        self.root: Path | None = Path(unquote(parts.path)) if parts.scheme == "file" else None
+        self._store: ObjectStore
+        if self.root is not None:
+            self.root.mkdir(parents=True, exist_ok=True)
+            self._store = LocalStore(self.root)
+        else:
+            self._store = from_url(url)
+        staging = staging_dir or (self.root / _STAGING if self.root is not None else None)
+        if staging is None:
+            raise ValueError(f"expected a staging_dir beside the object store {url}; found none")
+        self._staging = staging
+        staging.mkdir(parents=True, exist_ok=True)
+
+    def writer(self, *, limit_bytes: int, what: str = "file") -> BlobWriter:
+        """Begin a staged file; `what` names it in a refusal ("model", "dataset")."""
+        return BlobWriter(self._staging / secrets.token_hex(16), limit_bytes=limit_bytes, what=what)
+
+    def keep(self, staged: StagedBlob) -> str:
+        """Move a staged file into the store under its content's key, and return the key.
+
+        After a crash the key holds the whole file or nothing. A file that is there already is replaced by the same
+        bytes, which makes it young again for the sweep of orphans.
+        """
+        key = content_key(staged.sha256)
+        self._move_in(staged.path, key)
+        return key
+
+    def put_file(self, path: Path, key: str, *, move: bool = False) -> None:
+        """Store a file under a key, durably and in one step; with `move` the original is gone afterwards."""
+        _checked(key)
+        if move and self.root is not None and path.stat().st_dev == self._staging.stat().st_dev:
+            _sync_file(path)
+            self._move_in(path, key)
+            return
+        copy = self._staging / secrets.token_hex(16)
+        try:
+            shutil.copyfile(path, copy)
+            _sync_file(copy)
+            self._move_in(copy, key)
+        finally:
+            copy.unlink(missing_ok=True)
+        if move:
+            path.unlink(missing_ok=True)
+
+    def put_content(self, path: Path, *, move: bool = False) -> tuple[str, str, int]:
+        """Store a file under its content's key; returns key, SHA-256 and bytes."""
+        with path.open("rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        size = path.stat().st_size
+        key = content_key(sha256)
+        self.put_file(path, key, move=move)
+        return key, sha256, size
+
+    def open_range(
+        self, key: str, start: int = 0, end: int | None = None, *, block_bytes: int = 1024**2
+    ) -> Iterator[bytes]:
+        """Read the bytes from `start` up to but without `end`, in blocks; raises FileNotFoundError at once."""
+        size = self.size(key)
+        stop = size if end is None else min(end, size)
+        path = self.local_path(key)
+        if path is not None:
+            return _read_file(path, start, stop, block_bytes)
+        return self._read_object(key, start, stop, block_bytes)
+
+    def size(self, key: str) -> int:
+        """How many bytes lie under the key; raises FileNotFoundError."""
+        return int(obstore.head(self._store, _checked(key))["size"])
+
+    def exists(self, key: str) -> bool:
+        """Whether something lies under the key."""
+        try:
+            self.size(key)
+        except FileNotFoundError:
+            return False
+        return True
+
+    def local_path(self, key: str) -> Path | None:
+        """The file under the key, for a store of files: read it in place, never write to it."""
+        return None if self.root is None else self.root / _checked(key)
+
+    def fetch(self, key: str, directory: Path) -> Path:
+        """A local file with the bytes: the store's own, or a copy in the directory."""
+        path = self.local_path(key)
+        if path is not None:
+            if not path.is_file():
+                raise FileNotFoundError(key)
+            return path
+        copy = directory / key.replace("/", "-")
+        with copy.open("wb") as file:
+            file.writelines(self.open_range(key, block_bytes=BLOCK_BYTES))
+        return copy
+
+    def delete(self, key: str) -> None:
+        """Delete what lies under the key; nothing there is no error."""
+        try:
+            obstore.delete(self._store, _checked(key))
+        except FileNotFoundError:
+            return
+
+    def delete_if_older(self, key: str, seconds: float) -> bool:
+        """Delete what lies under the key if it was last written so long ago; returns whether it was deleted."""
+        try:
+            written = obstore.head(self._store, _checked(key))["last_modified"]
+        except FileNotFoundError:
+            return False
+        if written >= datetime.now(UTC) - timedelta(seconds=seconds):
+            return False
+        self.delete(key)
+        return True
+
+    def keys_older_than(self, seconds: float) -> Iterator[str]:
+        """The keys that were last written so long ago."""
+        limit = datetime.now(UTC) - timedelta(seconds=seconds)
+        for prefix in _PREFIXES:
+            for page in obstore.list(self._store, prefix):
+                yield from (meta["path"] for meta in page if meta["last_modified"] < limit)
+
+    def sweep_staging(self, seconds: float) -> int:
+        """Delete staged files that a crash left behind so long ago; returns how many."""
+        limit = time.time() - seconds
+        old = [path for path in self._staging.iterdir() if path.is_file() and path.stat().st_mtime < limit]
+        for path in old:
+            path.unlink(missing_ok=True)
+        return len(old)
+
+    def probe(self) -> bool:
+        """Whether a small object can be written, read and deleted."""
+        path = f"probe/{secrets.token_hex(8)}"
+        written = secrets.token_bytes(16)
+        try:
+            obstore.put(self._store, path, written)
+            read = bytes(obstore.get(self._store, path).bytes())
+            obstore.delete(self._store, path)
+        except (OSError, obstore.exceptions.BaseError):
+            return False
+        return read == written
+
+    def _move_in(self, path: Path, key: str) -> None:
+        if self.root is None:
+            obstore.put(self._store, key, path)
+            path.unlink(missing_ok=True)
+            return
+        target = self.root / key
+        missing = [folder for folder in (target.parent, *target.parent.parents) if not folder.exists()]
+        target.parent.mkdir(parents=True, exist_ok=True)
+        path.replace(target)
+        for folder in {target.parent, *(folder.parent for folder in missing)}:
+            _sync_directory(folder)
+
+    def _read_object(self, key: str, start: int, stop: int, block_bytes: int) -> Iterator[bytes]:
+        if start >= stop:
+            return
+        result = obstore.get(self._store, key, options={"range": (start, stop)})
+        for block in result.stream(min_chunk_size=block_bytes):
+            yield bytes(block)
+
+
+def _checked(key: str) -> str:
+    if not _KEY.fullmatch(key):
+        raise ValueError(f"expected a blob key such as sha256/ab/cd… or checkpoints/job_…/1/3; found {key!r}")
+    return key
+
+
+def _read_file(path: Path, start: int, stop: int, block_bytes: int) -> Iterator[bytes]:
+    with path.open("rb", buffering=0) as file:
+        file.seek(start)
+        left = stop - start
+        while left > 0:
+            block = file.read(min(block_bytes, left))
+            if not block:
+                raise ProblemError(ErrorCode.INTERNAL, f"expected {left} more bytes in a stored file; found its end")
+            left -= len(block)
+            yield block
+
+
+def _sync_file(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
