@@ -10,7 +10,7 @@ from service.contract.resources import JobResource
 from service.contract.states import JobState
 
 _LENGTH = 1000  # the bar counts in thousandths
-_LABEL_WIDTH = 12
+_LABEL_WIDTH = 11
 
 
 class JobBar:
@@ -24,7 +24,7 @@ class JobBar:
             item_show_func=lambda text: text,
             file=sys.stderr,
             bar_template="%(label)s [%(bar)s] %(info)s",
-            width=24,
+            width=16,
         )
 
     def __enter__(self) -> Self:

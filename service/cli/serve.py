@@ -17,6 +17,7 @@ from service.cli.exits import ExitCode
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
+    from service.services import Services
     from service.settings import Settings
 
 BACKLOG = 2048
@@ -97,12 +98,14 @@ def _settings(**given: Any) -> "Settings":
         raise click.UsageError(f"the settings (RANKPRESS_… in the environment) do not fit: {told}") from error
 
 
-def _application(services: Any) -> "FastAPI":
-    from service.app import create_app
+def _application(services: "Services") -> "FastAPI":
+    from service.app import Component, create_app
     from service.reconcile import Reconciler
     from worker.embedded import EmbeddedWorker
 
-    components = [Reconciler(services)]
+    components: list[Component] = [
+        Reconciler(services.database, services.bell, services.settings, services.blobs),
+    ]
     if services.settings.embedded:
         components.append(EmbeddedWorker(services))
     return create_app(services, components=components)
