@@ -149,7 +149,7 @@ _INTERNAL = """
     _no_grad_normal_ _no_grad_uniform_ _no_grad_zero_ _pack_padded_sequence _pack_sequence _pad_circular _pad_enum
     _pad_packed_sequence _reshape_from_tensor _set_item _shape_as_tensor _size_if_not_equal _softmax _stack
     _standard_gamma _tensor_to_list _to_copy _transformer_encoder_layer_fwd _trilinear _unique _unique2 _unsafe_view
-    _unwrap_optional _upsample_bicubic2d_aa _upsample_bilinear2d_aa _upsample_nearest_exact1d
+    _unwrap_optional _upsample_bicubic2d_aa _upsample_bilinear2d_aa _upsample_lanczos2d_aa _upsample_nearest_exact1d
     _upsample_nearest_exact2d _upsample_nearest_exact3d _weight_norm _weight_norm_interface
 """
 

@@ -58,7 +58,9 @@ def _saved(module: torch.jit.ScriptModule) -> bytes:
 
 def _freeze(module: torch.jit.ScriptModule) -> torch.jit.ScriptModule:
     preserved = dict.fromkeys([*method_names(module), *_values_to_keep(module)])
-    frozen = torch._C._freeze_module(module._c, list(preserved), True, True)
+    # Freezing inlines calls inside called code only while the executor may optimise; see `inline_calls`.
+    with torch.jit.optimized_execution(True):  # type: ignore[attr-defined]
+        frozen = torch._C._freeze_module(module._c, list(preserved), True, True)
     wrapped: torch.jit.ScriptModule = torch.jit._recursive.wrap_cpp_module(frozen)  # type: ignore[no-untyped-call]
     return wrapped
 
@@ -66,9 +68,9 @@ def _freeze(module: torch.jit.ScriptModule) -> torch.jit.ScriptModule:
 def _values_to_keep(module: torch.jit.ScriptModule) -> Iterator[str]:
     """Name the attributes that freezing would drop or fold although somebody needs them.
 
-    Buffers stay, used or not, and the root's plain values, because users read them. Tensors in attributes of submodules that are neither parameters nor
-    buffers (the weight lists of recurrent layers are such) would become constants: no longer trained, and left behind
-    when the module moves to another device.
+    Buffers stay, used or not, and the root's plain values, because users read them. Tensors in attributes of
+    submodules that are neither parameters nor buffers (the weight lists of recurrent layers are such) would become
+    constants: no longer trained, and left behind when the module moves to another device.
     """
     declared = _declared_attributes(_saved(module))
     used = _used_chains(module)

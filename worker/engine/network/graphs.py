@@ -23,15 +23,25 @@ def method_names(module: torch.jit.ScriptModule) -> list[str]:
 def read_graph(module: torch.jit.ScriptModule, method: str) -> Graph:
     """Copy a method's graph with all calls inlined; the module stays as it is."""
     graph = module._c._get_method(method).graph.copy()
-    torch._C._jit_pass_inline(graph)
+    inline_calls(graph)
     return graph
 
 
 def open_graph(module: torch.jit.ScriptModule, method: str) -> Graph:
     """Inline a method's own graph in place, ready to be edited."""
     graph = module._c._get_method(method).graph
-    torch._C._jit_pass_inline(graph)
+    inline_calls(graph)
     return graph
+
+
+def inline_calls(graph: Graph) -> None:
+    """Inline every call in place, calls inside the called code too.
+
+    The pass inlines what a called graph itself calls only while the executor may optimise, which a run for equal
+    bytes turns off.
+    """
+    with torch.jit.optimized_execution(True):  # type: ignore[attr-defined]
+        torch._C._jit_pass_inline(graph)
 
 
 def walk(block: Graph | Block) -> Iterator[Node]:

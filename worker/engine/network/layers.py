@@ -114,14 +114,14 @@ def layers_of(module: torch.jit.ScriptModule, methods: dict[str, MethodSites]) -
         for site in method.sites:
             grouped.setdefault(site.layer, []).append(site)
     parameters = all_parameters(module)
+    shared = _shared_parameters(methods, parameters)
     layers: list[Layer] = []
-    counted: set[str] = set()
+    counted: set[tuple[int, Shape, Shape]] = set()
     for name, sites in grouped.items():
-        own = {parameter for site in sites for parameter in site.parameters}
-        before = count_distinct(parameters[parameter] for parameter in counted)
-        counted |= own
-        params = count_distinct(parameters[parameter] for parameter in counted) - before
-        layers.append(replace(_layer(module, name, sites, methods, parameters), params=params))
+        own = {_identity(parameters[parameter]): parameter for site in sites for parameter in site.parameters}
+        params = sum(parameters[parameter].numel() for key, parameter in own.items() if key not in counted)
+        counted |= own.keys()
+        layers.append(replace(_layer(module, name, sites, methods, parameters, shared), params=params))
     return layers + list(_left_over(methods, parameters, counted, set(grouped)))
 
 
@@ -131,6 +131,7 @@ def _layer(
     sites: list[Site],
     methods: dict[str, MethodSites],
     parameters: dict[str, torch.Tensor],
+    shared: set[str],
 ) -> Layer:
     site = sites[0]
     weight = parameters.get(site.weight or "")
@@ -143,7 +144,7 @@ def _layer(
     )
     if layer.kind not in COMPRESSIBLE_KINDS:
         return replace(layer, reason=ReasonCode.UNSUPPORTED_KIND)
-    reason = _weight_reason(sites, methods, parameters)
+    reason = _weight_reason(sites, methods, parameters, shared)
     if layer.kind == "linear":
         return replace(layer, reason=reason)
     geometries = [_geometry(module, one, methods[one.method], layer.weight_shape) for one in sites]
@@ -155,7 +156,7 @@ def _layer(
 
 
 def _weight_reason(
-    sites: list[Site], methods: dict[str, MethodSites], parameters: dict[str, torch.Tensor]
+    sites: list[Site], methods: dict[str, MethodSites], parameters: dict[str, torch.Tensor], shared: set[str]
 ) -> ReasonCode | None:
     site = sites[0]
     weight = parameters.get(site.weight or "")
@@ -168,18 +169,22 @@ def _weight_reason(
     if weight.dim() != (2 if site.kind == "linear" else 4):
         return ReasonCode.UNSUPPORTED_KIND
     names = {one.weight for one in sites} | {one.bias for one in sites}
-    if len(names) > 2 or any(_is_shared(name, methods, parameters) for name in names if name):
+    if len(names) > 2 or names & shared:
         return ReasonCode.SHARED_WEIGHT
     return None
 
 
-def _is_shared(name: str, methods: dict[str, MethodSites], parameters: dict[str, torch.Tensor]) -> bool:
-    """Tell whether several operators of one method use the parameter, or it has a second name."""
-    storage = parameters[name].untyped_storage().data_ptr()
-    names = [other for other, tensor in parameters.items() if tensor.untyped_storage().data_ptr() == storage]
-    return len(names) > 1 or any(
-        len(method.consumers.get(name, [])) > 1 or method.hides(name) for method in methods.values()
-    )
+def _shared_parameters(methods: dict[str, MethodSites], parameters: dict[str, torch.Tensor]) -> set[str]:
+    """Name the parameters that several operators of one method use, or that have a second name."""
+    names: dict[int, list[str]] = {}
+    for name, tensor in parameters.items():
+        names.setdefault(tensor.untyped_storage().data_ptr(), []).append(name)
+    return {
+        name
+        for name, tensor in parameters.items()
+        if len(names[tensor.untyped_storage().data_ptr()]) > 1
+        or any(len(method.consumers.get(name, [])) > 1 or method.hides(name) for method in methods.values())
+    }
 
 
 def _geometry(
@@ -213,14 +218,17 @@ def _padding_of_mode(mode: str, kernel: Shape, dilation: Shape) -> Shape | None:
 
 
 def _left_over(
-    methods: dict[str, MethodSites], parameters: dict[str, torch.Tensor], counted: set[str], names: set[str]
+    methods: dict[str, MethodSites],
+    parameters: dict[str, torch.Tensor],
+    counted: set[tuple[int, Shape, Shape]],
+    names: set[str],
 ) -> Iterable[Layer]:
     """Name what no operator in sight uses: it costs parameters and is part of the plan all the same."""
     groups: dict[str, list[str]] = {}
-    known = {_identity(parameters[name]) for name in counted}
     for name, tensor in parameters.items():
-        if name not in counted and _identity(tensor) not in known:
+        if _identity(tensor) not in counted:
             groups.setdefault(name.rpartition(".")[0] or name, []).append(name)
+            counted.add(_identity(tensor))
     for owner, members in groups.items():
         hidden = any(method.hides(name) for method in methods.values() for name in members)
         yield Layer(
@@ -229,11 +237,9 @@ def _left_over(
             weight=members[0],
             bias=None,
             weight_shape=tuple(parameters[members[0]].shape),
-            params=count_distinct(parameters[name] for name in {*counted, *members})
-            - count_distinct(parameters[name] for name in counted),
+            params=sum(parameters[name].numel() for name in members),
             reason=ReasonCode.UNSUPPORTED_KIND if hidden else ReasonCode.NOT_EXECUTED,
         )
-        counted.update(members)
 
 
 def count_distinct(tensors: Iterable[torch.Tensor]) -> int:

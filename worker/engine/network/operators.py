@@ -7,7 +7,17 @@ import torch
 
 from service.contract.errors import ErrorCode, ProblemError
 from worker.engine.network.allowed_operators import ALLOWED_OPERATORS
-from worker.engine.network.graphs import Graph, Node, Value, attribute, attribute_chain, self_value, source_line, walk
+from worker.engine.network.graphs import (
+    Graph,
+    Node,
+    Value,
+    attribute,
+    attribute_chain,
+    inline_calls,
+    self_value,
+    source_line,
+    walk,
+)
 
 
 def reject_unsafe_operators(module: torch.jit.ScriptModule) -> None:
@@ -32,7 +42,7 @@ def reject_unsafe_operators(module: torch.jit.ScriptModule) -> None:
         for method, graph in _graphs(submodule):
             place = ".".join(part for part in (name, method) if part)
             inlined = graph.copy()
-            torch._C._jit_pass_inline(inlined)
+            inline_calls(inlined)
             root = self_value(inlined)
             for node in walk(inlined):
                 if not _calls_own_submodule(submodule, root, node):
@@ -60,7 +70,7 @@ def _carried_nodes(node: Node) -> Iterator[Node]:
         carried: list[Any] = [node.g(name)] if kind == "g" else list(node.gs(name)) if kind == "gs" else []
         for graph in carried:
             inlined = graph.copy()
-            torch._C._jit_pass_inline(inlined)
+            inline_calls(inlined)
             for inner in walk(inlined):
                 yield inner
                 yield from _carried_nodes(inner)
