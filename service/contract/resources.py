@@ -76,6 +76,13 @@ class JobResource(Resource):
     finished_at: datetime | None
 
 
+class SubmissionCheck(Resource):
+    """The answer of a dry run: the request would be accepted, and this is the spec that would run."""
+
+    requested_spec: dict[str, Any]
+    spec: dict[str, Any]
+
+
 class ArtifactResource(Resource):
     """A file that a job produced."""
 
@@ -90,6 +97,20 @@ class JobPage(Resource):
     """A page of jobs; `next_cursor` is null on the last one."""
 
     items: list[JobResource]
+    next_cursor: str | None
+
+
+class ModelPage(Resource):
+    """A page of models; `next_cursor` is null on the last one."""
+
+    items: list[ModelResource]
+    next_cursor: str | None
+
+
+class DatasetPage(Resource):
+    """A page of datasets; `next_cursor` is null on the last one."""
+
+    items: list[DatasetResource]
     next_cursor: str | None
 
 

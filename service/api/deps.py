@@ -1,0 +1,62 @@
+"""What endpoints are given: the services, the owner that the request speaks for, ids that can exist."""
+
+import hashlib
+import hmac
+from collections.abc import Awaitable, Callable
+from typing import Annotated
+
+from fastapi import Depends, Request
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+
+from service.contract import ids
+from service.contract.errors import ErrorCode, ProblemError
+from service.jobs.read import not_found
+from service.services import Services
+
+_bearer = HTTPBearer(
+    auto_error=False,
+    scheme_name="key",
+    description="The service's key: RANKPRESS_API_KEY, or the one it made and keeps in its data directory.",
+)
+
+
+async def get_services(request: Request) -> Services:
+    """The services that the application was built with."""
+    services: Services = request.app.state.services
+    return services
+
+
+ServicesDep = Annotated[Services, Depends(get_services)]
+
+
+async def require_key(
+    services: ServicesDep, credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]
+) -> str:
+    """Return the owner whose key the request carries; nothing of its body has been read yet."""
+    if credentials is None:
+        raise ProblemError(
+            ErrorCode.UNAUTHENTICATED, "expected the header 'Authorization: Bearer KEY'; found none: add the key"
+        )
+    # Digests have one length, so the comparison's time says nothing about the key's.
+    sent = hashlib.sha256(credentials.credentials.encode("latin-1", "replace")).digest()
+    if not hmac.compare_digest(sent, hashlib.sha256(services.api_key.encode()).digest()):
+        raise ProblemError(ErrorCode.UNAUTHENTICATED, "the key in 'Authorization: Bearer KEY' is not this service's")
+    return services.settings.owner
+
+
+OwnerDep = Annotated[str, Depends(require_key)]
+
+
+def _existing_id(prefix: str, what: str) -> Callable[[str], Awaitable[str]]:
+    async def check(id: str) -> str:  # noqa: A002  (the path parameter's name on the wire)
+        if not ids.is_id(id, prefix):
+            raise not_found(what, id)
+        return id
+
+    return check
+
+
+JobId = Annotated[str, Depends(_existing_id(ids.JOB, "job"))]
+ModelId = Annotated[str, Depends(_existing_id(ids.MODEL, "model"))]
+DatasetId = Annotated[str, Depends(_existing_id(ids.DATASET, "dataset"))]
+ArtifactId = Annotated[str, Depends(_existing_id(ids.ARTIFACT, "artifact"))]

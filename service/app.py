@@ -1,0 +1,79 @@
+"""The HTTP application: wiring only."""
+
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from importlib.metadata import version
+from typing import Any, Protocol
+
+from fastapi import Depends, FastAPI
+from fastapi.concurrency import run_in_threadpool
+from sqlalchemy.exc import InterfaceError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
+
+from service.api import artifacts, capabilities, datasets, docs, health, jobs, models, problems
+from service.api.deps import require_key
+from service.api.edge import Edge
+from service.api.limits import Linger, SmallBodies
+from service.services import Services
+
+PREFIX = "/v1"
+UPLOAD_PATHS = frozenset({f"{PREFIX}/jobs", "/jobs", f"{PREFIX}/models", f"{PREFIX}/datasets"})
+DESCRIPTION = "Compresses trained TorchScript networks. Send `Authorization: Bearer KEY`; problems are RFC 9457."
+_ABOUT: dict[str, Any] = {
+    "title": "Rankpress",
+    "version": version("rankpress"),
+    "description": DESCRIPTION,
+    "docs_url": None,
+    "redoc_url": None,
+}
+
+
+class Component(Protocol):
+    """Something that runs beside the API in the same process: the reconciler, the embedded worker."""
+
+    def start(self) -> None:
+        """Begin; returns once it runs."""
+
+    def stop(self) -> None:
+        """End; returns once it has ended."""
+
+
+def create_app(services: Services, *, components: Sequence[Component] = ()) -> FastAPI:
+    """Build the application; `components` start with it, in their order, and stop with it in the reverse order."""
+    app = _with_routes(FastAPI(lifespan=_lifespan_of(components), **_ABOUT))
+    app.state.services = services
+    # The last one added is the outermost.
+    app.add_middleware(SmallBodies, max_bytes=services.settings.max_body_bytes, upload_paths=UPLOAD_PATHS)
+    app.add_middleware(Linger)
+    app.add_middleware(Edge)
+    return app
+
+
+def document() -> dict[str, Any]:
+    """The OpenAPI document, without any service behind it."""
+    return _with_routes(FastAPI(**_ABOUT)).openapi()
+
+
+def _with_routes(app: FastAPI) -> FastAPI:
+    problems.install(app, unavailable=(OperationalError, InterfaceError, PoolTimeoutError))
+    app.include_router(health.router, prefix=PREFIX)
+    app.include_router(docs.router)
+    protected = [Depends(require_key)]
+    for module in (models, datasets, jobs, artifacts, capabilities):
+        app.include_router(module.router, prefix=PREFIX, dependencies=protected, responses=problems.RESPONSES)
+    # Every route of jobs answers without the version too.
+    app.include_router(jobs.router, dependencies=protected, include_in_schema=False)
+    docs.mount_static_files(app)
+    return app
+
+
+def _lifespan_of(components: Sequence[Component]) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
+    @asynccontextmanager
+    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+        async with AsyncExitStack() as stack:
+            for component in components:
+                await run_in_threadpool(component.start)
+                stack.push_async_callback(run_in_threadpool, component.stop)
+            yield
+
+    return lifespan

@@ -1,0 +1,19 @@
+"""What a spec means once its own rules are applied: every `auto` that needs neither model nor data."""
+
+from typing import Any
+
+from service.contract.spec import JobSpec
+
+
+def resolve_at_submit(spec: JobSpec) -> dict[str, Any]:
+    """Return the spec as JSON with all defaults, and with the growth of μ, the epochs of fine-tuning and C resolved.
+
+    The result is itself a valid spec, and resolving it again changes nothing.
+    """
+    resolved = spec.on_the_wire()
+    resolved["method"]["mu"]["growth"] = spec.method.mu.growth_factor
+    l_step_epochs = spec.method.mu.steps * spec.training.epochs_per_step
+    resolved["fine_tune"]["epochs"] = spec.fine_tune.resolved_epochs(l_step_epochs)
+    if spec.cost == "auto":
+        resolved["cost"] = spec.budget.metric if spec.budget else "params"
+    return resolved

@@ -1,0 +1,155 @@
+"""Submitting a job: what must hold before it is accepted, and the transaction that is the acceptance."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy.orm import Session
+
+from service.blobs.store import BlobStore
+from service.contract import ids
+from service.contract.errors import ErrorCode, FieldError, ProblemError
+from service.contract.resolve import resolve_at_submit
+from service.contract.resources import JobResource
+from service.contract.spec import JobSpec, parse_spec
+from service.jobs import idempotency
+from service.jobs.files import ReceivedFile, existing_dataset, existing_model, store_dataset, store_model
+from service.jobs.read import existing_job, read_job
+from service.services import Services
+from service.settings import Settings
+from service.store import jobs
+from service.store.idempotency import Fresh, Replay, complete
+
+
+@dataclass(frozen=True, kw_only=True)
+class Submission:
+    """What a request asks for: each file as received with it, or as the id of an earlier upload."""
+
+    owner: str
+    name: str | None
+    requested_spec: dict[str, Any]
+    model: ReceivedFile | str
+    dataset: ReceivedFile | str | None
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """The job that answers a submission; `replayed` when an earlier request had started it."""
+
+    job: JobResource
+    replayed: bool
+
+
+def checked_spec(requested: object, *, with_data: bool) -> JobSpec:
+    """Read the spec and check what can be checked before the model is seen."""
+    spec = parse_spec(requested)
+    if not with_data and spec.example_inputs is None:
+        message = (
+            "without data the model's inputs are unknown; send data, or give their shapes, for example "
+            '[{"shape": [1, 3, 224, 224], "dtype": "float32"}] with the batch first'
+        )
+        error = FieldError(pointer="/example_inputs", code="missing", message=message)
+        raise ProblemError(ErrorCode.EXAMPLE_INPUTS_MISSING, f"/example_inputs: {message}", errors=[error])
+    return spec
+
+
+def check_submission(services: Services, submission: Submission) -> dict[str, Any]:
+    """Check everything that acceptance checks, and return the resolved spec; nothing is written."""
+    spec = checked_spec(submission.requested_spec, with_data=submission.dataset is not None)
+    with services.database.read() as session:
+        _check_references(session, submission)
+    return resolve_at_submit(spec)
+
+
+def submit(services: Services, submission: Submission, key: Fresh | Replay | None) -> Accepted:
+    """Accept a job, or find the one that this idempotency key has started.
+
+    When this returns, the job and its first event are durable; the bell is rung after that and may fail. A raised
+    error means that nothing was accepted.
+    """
+    fingerprint = _fingerprint(submission)
+    if isinstance(key, Replay):
+        idempotency.check_same(key, fingerprint)
+        return Accepted(read_job(services, submission.owner, key.job_id), replayed=True)
+    spec = checked_spec(submission.requested_spec, with_data=submission.dataset is not None)
+    model_of, dataset_of = _store_files(services, submission)
+    job_id = ids.new_id(ids.JOB)
+    with services.database.write() as session:
+        model_id, dataset_id = model_of(session), dataset_of(session)
+        jobs.insert_job(session, _new_job(services.settings, submission, spec, job_id, model_id, dataset_id))
+        if key is not None and not complete(session, key.reservation, fingerprint, job_id):
+            raise ProblemError(
+                ErrorCode.IDEMPOTENCY_IN_FLIGHT,
+                "this request took so long that another one with its Idempotency-Key has begun; wait for that one",
+            )
+        row = existing_job(session, submission.owner, job_id)
+        accepted = Accepted(jobs.job_resource(row, jobs.queue_position(session, row)), replayed=False)
+    services.bell.ring(services.settings.queue)
+    return accepted
+
+
+def _store_files(
+    services: Services, submission: Submission
+) -> tuple[Callable[[Session], str], Callable[[Session], str | None]]:
+    """Move received files into the store before the transaction, which is then short; return what finds their ids."""
+    owner, model, dataset = submission.owner, submission.model, submission.dataset
+    with services.database.read() as session:
+        _check_references(session, submission)
+    return _model_id(services.blobs, owner, model), _dataset_id(services.blobs, owner, dataset)
+
+
+def _model_id(blobs: BlobStore, owner: str, model: ReceivedFile | str) -> Callable[[Session], str]:
+    if isinstance(model, str):
+        return lambda _: model
+    write = store_model(blobs, model)
+    return lambda session: write(session, owner).id
+
+
+def _dataset_id(blobs: BlobStore, owner: str, dataset: ReceivedFile | str | None) -> Callable[[Session], str | None]:
+    if not isinstance(dataset, ReceivedFile):
+        return lambda _: dataset
+    write = store_dataset(blobs, dataset)
+    return lambda session: write(session, owner).id
+
+
+def _new_job(
+    settings: Settings, submission: Submission, spec: JobSpec, job_id: str, model_id: str, dataset_id: str | None
+) -> jobs.NewJob:
+    resolved = resolve_at_submit(spec)
+    return jobs.NewJob(
+        id=job_id,
+        owner=submission.owner,
+        name=submission.name,
+        model_id=model_id,
+        dataset_id=dataset_id,
+        requested_spec=submission.requested_spec,
+        spec=resolved,
+        spec_sha256=hashlib.sha256(_canonical(resolved)).hexdigest(),
+        queue=settings.queue,
+        max_attempts=settings.max_attempts,
+        run_seconds_limit=min(spec.deadlines.run_seconds or settings.run_seconds_max, settings.run_seconds_max),
+    )
+
+
+def _check_references(session: Session, submission: Submission) -> None:
+    model, dataset = submission.model, submission.dataset
+    if isinstance(model, str):
+        existing_model(session, submission.owner, model)
+    if isinstance(dataset, str):
+        existing_dataset(session, submission.owner, dataset)
+
+
+def _fingerprint(submission: Submission) -> str:
+    """One digest of all that a request asks for; file names are not part of it."""
+
+    def said(file: ReceivedFile | str | None) -> str | None:
+        return f"sha256:{file.sha256}" if isinstance(file, ReceivedFile) else file
+
+    asked = [said(submission.model), said(submission.dataset), submission.requested_spec, submission.name]
+    return hashlib.sha256(_canonical(asked)).hexdigest()
+
+
+def _canonical(value: object) -> bytes:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()

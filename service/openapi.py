@@ -1,0 +1,74 @@
+"""`python -m service.openapi [--check]`: the pages of docs/ that are made from the code and never drift from it."""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from service.app import document
+from service.contract.errors import ErrorCode, ProblemError, title_of
+from service.contract.plan import REASON_MEANINGS
+
+DOCS = Path(__file__).parent.parent / "docs"
+
+
+def pages() -> dict[str, str]:
+    """Every generated page by its file name."""
+    return {
+        "openapi.json": json.dumps(document(), indent=2, ensure_ascii=False) + "\n",
+        "problems.md": _problems_page(),
+        "reasons.md": _reasons_page(),
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Write the pages, or with `--check` say which of them differ from the code (exit code 1)."""
+    parser = argparse.ArgumentParser(prog="python -m service.openapi", description=main.__doc__)
+    parser.add_argument("--check", action="store_true", help="write nothing; fail if a page is out of date")
+    check = parser.parse_args(arguments).check
+    stale = [name for name, text in pages().items() if _read(DOCS / name) != text]
+    for name in stale:
+        if check:
+            sys.stderr.write(f"docs/{name} is out of date: run python -m service.openapi\n")
+        else:
+            (DOCS / name).write_text(pages()[name], encoding="utf-8")
+            sys.stderr.write(f"docs/{name} written\n")
+    return 1 if check and stale else 0
+
+
+def _read(path: Path) -> str | None:
+    return path.read_text(encoding="utf-8") if path.exists() else None
+
+
+def _problems_page() -> str:
+    lines = [
+        "# Problems",
+        "",
+        "Every refusal is an `application/problem+json` object (RFC 9457) with `type`, `title`, `status`, `detail`,",
+        "`code`, `request_id` and `errors[]` (`pointer`, `code`, `message`). A failed job carries the same object in",
+        "`problem`. The list of codes is closed. This page is generated: `python -m service.openapi`.",
+        "",
+        "| code | status | meaning |",
+        "| --- | --- | --- |",
+        *(f"| `{code.value}` | {ProblemError(code, '').status} | {title_of(code)} |" for code in ErrorCode),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _reasons_page() -> str:
+    lines = [
+        "# Reasons",
+        "",
+        "Why a layer or a term of the layer plan is what it is. The list of codes is closed.",
+        "This page is generated: `python -m service.openapi`.",
+        "",
+        "| code | meaning |",
+        "| --- | --- |",
+        *(f"| `{code.value}` | {meaning} |" for code, meaning in REASON_MEANINGS.items()),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,41 @@
+"""What the service is made of, put together once and handed on."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from service.bell import Bell, make_celery
+from service.blobs.store import BlobStore
+from service.keys_file import ensure_api_key
+from service.settings import Settings
+from service.store.session import Database
+
+
+@dataclass(frozen=True)
+class Services:
+    """Everything that requests need; safe to share between threads."""
+
+    settings: Settings
+    database: Database
+    blobs: BlobStore
+    bell: Bell
+    api_key: str
+
+
+def build_services(settings: Settings) -> Services:
+    """Open database, blob store and bell by the settings, and make the key if there is none.
+
+    No schema is changed and no broker is contacted. `bell.app` is the Celery app that an embedded worker shares.
+    """
+    settings.data_dir.mkdir(parents=True, exist_ok=True)
+    api_key, _ = ensure_api_key(settings)
+    return Services(
+        settings=settings,
+        database=Database(settings.resolved_database_url),
+        blobs=BlobStore(settings.resolved_blob_url, staging_dir=_staging_dir(settings)),
+        bell=Bell(make_celery(settings)),
+        api_key=api_key,
+    )
+
+
+def _staging_dir(settings: Settings) -> Path | None:
+    return None if settings.resolved_blob_url.startswith("file:") else settings.data_dir / "staging"
