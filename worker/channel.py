@@ -17,6 +17,10 @@ from service.contract.plan import LayerFacts, RankRow
 CHANNEL_FD_VARIABLE = "RANKPRESS_CHANNEL_FD"
 LINE_BYTES_MAX = 64 * 1024 * 1024  # rank rows of a network with thousands of layers fit many times over
 
+# Where the stages leave what the supervisor stores, in the attempt's directory.
+ARTIFACT_FILE = "artifact.pt"  # after "emit"
+REPORT_FILE = "report.json"  # after "verify", whose result holds {"summary": ResultSummary, "artifact_sha256": …}
+
 
 class _Message(BaseModel):
     model_config = ConfigDict(extra="forbid")
@@ -33,6 +37,7 @@ class Assignment(_Message):
     data_format: Literal["npz", "safetensors"] | None = None
     spec: dict[str, Any]
     work_dir: str  # this attempt's own directory; the stages hand each other files in it
+    supervisor_pid: int | None = None  # a child whose parent is another one exits; None for a stage run by hand
     resume_path: str | None = None  # a checkpoint file, for "learn"
     thread_count: int = 1
     device: str = "auto"  # "cpu", or "cuda" with CUDA_VISIBLE_DEVICES set to one GPU
@@ -165,8 +170,10 @@ def failure(error: ProblemError, *, permanent: bool = True) -> FailedMessage:
 
 
 __all__ = [
+    "ARTIFACT_FILE",
     "CHANNEL_FD_VARIABLE",
     "LINE_BYTES_MAX",
+    "REPORT_FILE",
     "Assignment",
     "CheckpointMessage",
     "DoneMessage",

@@ -1,0 +1,173 @@
+"""One attempt of a job: its directory, its files, its stages one after the other, and its artifacts."""
+
+import contextlib
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import structlog
+
+from service.blobs.store import BlobStore
+from service.contract.states import Phase
+from service.settings import Settings
+from service.store.attempts import Claim
+from service.store.checkpoints import CheckpointRow
+from worker.channel import Assignment
+from worker.child import ChildProcess
+from worker.endings import Canceled, Done, Drained, Ending
+from worker.lease import Lease
+from worker.relay import Relay
+from worker.sandbox import child_environment
+from worker.slots import Slot
+from worker.stage import Drain, StageLimits, StageWatch
+from worker.storing import sha256_of, store_results
+
+StageName = Literal["learn", "emit", "verify"]
+STAGES: tuple[StageName, ...] = ("learn", "emit", "verify")
+_PHASE_OF_STAGE = {"emit": Phase.EMITTING, "verify": Phase.VERIFYING}
+
+log = structlog.get_logger(__name__)
+
+
+class JobAttempt:
+    """Runs a claimed job under its lease; everything happens in the thread that calls `run`."""
+
+    def __init__(
+        self,
+        claim: Claim,
+        lease: Lease,
+        blobs: BlobStore,
+        settings: Settings,
+        slot: Slot,
+        drain: Drain,
+        child_command: Sequence[str],
+        claimed_at: float,
+    ) -> None:
+        self._claim = claim
+        self._lease = lease
+        self._blobs = blobs
+        self._settings = settings
+        self._slot = slot
+        self._drain = drain
+        self._child_command = child_command
+        self._claimed_at = claimed_at
+        self._work_dir = settings.scratch_dir.absolute() / claim.job_id / str(claim.epoch)
+        self._relay = Relay(lease, blobs, claim.job_id, claim.epoch, self._work_dir)
+        wants_gpu = claim.spec.get("device", "auto") != "cpu"
+        self._gpu = slot.gpu if wants_gpu else None
+
+    def run(self) -> Ending:
+        """Run the stages and store what they made; `Done` means that the job's row says succeeded.
+
+        Raises
+        ------
+        LeaseLostError
+            When the job is not this attempt's any more.
+        """
+        self._work_dir.mkdir(parents=True, exist_ok=True)
+        try:
+            done = Done()
+            first = self._first_assignment()
+            for stage in STAGES:
+                if self._drain or self._lease.cancel_requested:
+                    return Canceled() if self._lease.cancel_requested else Drained()
+                if phase := _PHASE_OF_STAGE.get(stage):
+                    self._relay.enter(phase)
+                # Later stages read what "learn" left: the checkpoint it began from may be dropped by then.
+                resume_path = first.resume_path if stage == "learn" else None
+                ending = self._run_stage(first.model_copy(update={"stage": stage, "resume_path": resume_path}))
+                if not isinstance(ending, Done):
+                    return ending
+                done = ending
+            self._relay.enter(Phase.STORING)
+            self._relay.flush()
+            return store_results(done, self._claim, self._lease, self._blobs, self._work_dir)
+        finally:
+            self._remove_directory()
+
+    def _first_assignment(self) -> Assignment:
+        claim = self._claim
+        deadlines = claim.spec.get("deadlines") or {}
+        dataset = claim.dataset
+        model_path = self._fetch(claim.model.blob_key)
+        data_path = None if dataset is None else self._fetch(dataset.blob_key)
+        resume = self._lease.hold_while(self._checkpoint_file)
+        return Assignment(
+            stage="learn",
+            job_id=claim.job_id,
+            epoch=claim.epoch,
+            model_path=str(model_path),
+            data_path=None if data_path is None else str(data_path),
+            data_format=None if dataset is None else dataset.format,
+            spec=claim.spec,
+            work_dir=str(self._work_dir),
+            supervisor_pid=os.getpid(),
+            resume_path=None if resume is None else str(resume),
+            thread_count=self._slot.thread_count,
+            device="cuda" if self._gpu is not None or claim.spec.get("device") == "cuda" else "cpu",
+            memory_bytes_max=self._slot.memory_bytes_max,
+            first_forward_seconds=deadlines.get("first_forward_seconds") or self._settings.first_forward_seconds,
+            hashes={
+                "model": claim.model.sha256,
+                "spec": claim.spec_sha256,
+                **({} if dataset is None else {"data": dataset.sha256}),
+            },
+        )
+
+    def _fetch(self, key: str) -> Path:
+        return self._lease.hold_while(lambda: self._blobs.fetch(key, self._work_dir))
+
+    def _checkpoint_file(self) -> Path | None:
+        """The newest checkpoint whose bytes are whole; a torn one is as if it were not there."""
+        for row in self._claim.checkpoints:
+            path = self._whole_file(row)
+            if path is not None:
+                return path
+        return None
+
+    def _whole_file(self, row: CheckpointRow) -> Path | None:
+        try:
+            path = self._blobs.fetch(row.blob_key, self._work_dir)
+            if sha256_of(path) == row.sha256:
+                return path
+        except OSError as error:
+            log.warning("checkpoint_unreadable", job_id=self._claim.job_id, step=row.step, error=str(error))
+            return None
+        log.warning("checkpoint_torn", job_id=self._claim.job_id, step=row.step)
+        return None
+
+    def _run_stage(self, assignment: Assignment) -> Ending:
+        def environment(channel_fd: int) -> dict[str, str]:
+            return child_environment(
+                os.environ,
+                work_dir=self._work_dir,
+                thread_count=self._slot.thread_count,
+                channel_fd=channel_fd,
+                gpu=self._gpu,
+            )
+
+        self._lease.check()
+        child = ChildProcess(self._child_command, assignment, environment)
+        self._lease.fence.guard(child)
+        log.info(
+            "child_started", job_id=assignment.job_id, epoch=assignment.epoch, stage=assignment.stage, pid=child.pid
+        )
+        return StageWatch(child, self._lease, self._relay, self._limits(assignment), self._drain).run()
+
+    def _limits(self, assignment: Assignment) -> StageLimits:
+        run_seconds = self._claim.run_seconds_limit
+        return StageLimits(
+            run_deadline=self._claimed_at + run_seconds - self._claim.run_seconds_used,
+            run_seconds=run_seconds,
+            first_forward_seconds=assignment.first_forward_seconds,
+            cancel_grace_seconds=self._settings.cancel_grace_seconds,
+            memory_bytes_max=assignment.memory_bytes_max,
+            watch_resident=assignment.device == "cuda",
+        )
+
+    def _remove_directory(self) -> None:
+        shutil.rmtree(self._work_dir, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            self._work_dir.parent.rmdir()  # unless another epoch's is in it

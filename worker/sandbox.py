@@ -1,0 +1,82 @@
+"""What holds a child: limits it puts on itself before torch is imported, and an environment without secrets."""
+
+import ctypes
+import os
+import resource
+import signal
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+
+from worker.channel import CHANNEL_FD_VARIABLE, Assignment
+
+OPEN_FILES_MAX = 4096
+_STDIN_FD = 0
+_PR_SET_PDEATHSIG = 1
+_PR_SET_NO_NEW_PRIVS = 38
+
+# What a child inherits: how to find programs, libraries and the locale. Everything else may hold a secret.
+_INHERITED = ("PATH", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "CUDA_HOME", "CUDA_PATH")
+
+
+def apply_limits(assignment: Assignment) -> None:
+    """Bind this process to its supervisor and to its limits; the first thing a child does with its assignment.
+
+    From here on the child dies with the supervisor's thread, or when its standard input closes.
+    """
+    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if assignment.supervisor_pid is not None and os.getppid() != assignment.supervisor_pid:
+        os._exit(1)  # the supervisor died before the signal was asked for
+    _prctl(_PR_SET_NO_NEW_PRIVS, 1)
+    _lower(resource.RLIMIT_CORE, 0)
+    _lower(resource.RLIMIT_NOFILE, OPEN_FILES_MAX)
+    if assignment.memory_bytes_max is not None and assignment.device != "cuda":
+        # CUDA reserves far more address space than it uses; there the supervisor watches the resident size.
+        _lower(resource.RLIMIT_AS, assignment.memory_bytes_max)
+    threading.Thread(target=_exit_when_stdin_closes, name="supervisor-watch", daemon=True).start()
+
+
+def child_environment(
+    parent: Mapping[str, str], *, work_dir: Path, thread_count: int, channel_fd: int, gpu: str | None = None
+) -> dict[str, str]:
+    """Build a child's environment from an allow-list: no key, no URL, no variable of the service but the channel."""
+    threads = str(thread_count)
+    code_root = str(Path(__file__).resolve().parent.parent)
+    return {
+        **{name: parent[name] for name in _INHERITED if name in parent},
+        "PYTHONPATH": os.pathsep.join(filter(None, [code_root, parent.get("PYTHONPATH", "")])),
+        "PYTHONSAFEPATH": "1",  # the working directory is the attempt's: nothing is imported from it
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "PYTHONHASHSEED": "0",  # the order of sets reaches the bytes of an archive
+        "OMP_NUM_THREADS": threads,
+        "MKL_NUM_THREADS": threads,
+        "OPENBLAS_NUM_THREADS": threads,
+        "CUDA_VISIBLE_DEVICES": gpu if gpu is not None else "",
+        "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
+        "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
+        "HOME": str(work_dir),
+        "TMPDIR": str(work_dir),
+        CHANNEL_FD_VARIABLE: str(channel_fd),
+    }
+
+
+def _prctl(option: int, value: int) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(option, value, 0, 0, 0) != 0:
+        code = ctypes.get_errno()
+        raise OSError(code, f"prctl({option}, {value}): {os.strerror(code)}")
+
+
+def _lower(limit: int, value: int) -> None:
+    """Lower both halves of a limit, so that it cannot be raised again."""
+    _, hard = resource.getrlimit(limit)
+    bound = value if hard == resource.RLIM_INFINITY else min(value, hard)
+    resource.setrlimit(limit, (bound, bound))
+
+
+def _exit_when_stdin_closes() -> None:
+    while os.read(_STDIN_FD, 4096):
+        pass
+    if os.getpgrp() == os.getpid():
+        os.killpg(0, signal.SIGKILL)
+    os._exit(1)

@@ -1,0 +1,142 @@
+"""Claims jobs and sees each attempt to its end; the same in the embedded mode and on many machines."""
+
+import os
+import socket
+import sys
+import time
+from collections.abc import Sequence
+
+import structlog
+from sqlalchemy.orm import Session
+
+from service.blobs.store import BlobStore
+from service.contract.states import AttemptOutcome, JobState
+from service.settings import Settings
+from service.store import attempts
+from service.store.attempts import Claim, backoff_seconds
+from service.store.session import Database
+from worker.attempt import JobAttempt
+from worker.child import ChannelBrokenError
+from worker.endings import Canceled, Crashed, Done, Drained, Ending, Failed, LeaseLostError
+from worker.lease import DATABASE_AWAY, Lease
+from worker.slots import Slot, Slots
+from worker.stage import Drain
+
+CHILD_COMMAND = (sys.executable, "-m", "worker.runner")
+
+log = structlog.get_logger(__name__)
+
+
+class Supervisor:
+    """Runs one job for each call of `run_next`; safe to call from as many threads as there are slots."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        database: Database,
+        blobs: BlobStore,
+        slots: Slots,
+        worker_id: str,
+        *,
+        child_command: Sequence[str] = CHILD_COMMAND,
+    ) -> None:
+        self._settings = settings
+        self._database = database
+        self._blobs = blobs
+        self._slots = slots
+        self._worker_id = worker_id
+        self._child_command = child_command
+        self._drain = Drain()
+
+    def run_next(self, queue: str) -> bool:
+        """Claim the queue's best job and see it to the end of an attempt; False when there was none to claim.
+
+        The calling thread starts the children and must live until this returns: they die with it.
+        """
+        with self._slots.take() as slot:
+            if self._drain:
+                return False
+            claimed_at = time.monotonic()
+            claim = self._claim(queue)
+            if claim is None:
+                return False
+            self._supervise(claim, slot, claimed_at)
+        return True
+
+    def drain(self, grace_seconds: float | None = None) -> None:
+        """Claim nothing more; running children get SIGTERM, and their jobs go back to the queue uncounted."""
+        self._drain.ask(self._settings.drain_grace_seconds if grace_seconds is None else grace_seconds)
+
+    def _claim(self, queue: str) -> Claim | None:
+        try:
+            with self._database.write() as session:
+                return attempts.claim(
+                    session,
+                    queue=queue,
+                    worker_id=self._worker_id,
+                    host=socket.gethostname(),
+                    pid=os.getpid(),
+                    lease_seconds=self._settings.lease_seconds,
+                )
+        except DATABASE_AWAY as error:
+            log.warning("claim_failed", queue=queue, error=str(error))
+            return None
+
+    def _supervise(self, claim: Claim, slot: Slot, claimed_at: float) -> None:
+        lease = Lease(self._database, self._settings, claim.job_id, claim.epoch, claimed_at)
+        bound = log.bind(job_id=claim.job_id, epoch=claim.epoch, attempt=claim.attempt)
+        bound.info("attempt_started", slot=slot.number, gpu=slot.gpu)
+        try:
+            ending = self._run(claim, lease, slot, claimed_at)
+            if not isinstance(ending, Done):
+                lease.write(lambda session: self._end(session, claim, ending))
+            bound.info("attempt_ended", ending=type(ending).__name__, detail=_detail(ending))
+        except LeaseLostError as error:
+            bound.warning("lease_lost", reason=str(error))
+        except Exception:
+            # Its lease runs out and the job goes on.
+            log.exception("attempt_not_ended", job_id=claim.job_id, epoch=claim.epoch)
+        finally:
+            lease.fence.close()
+
+    def _run(self, claim: Claim, lease: Lease, slot: Slot, claimed_at: float) -> Ending:
+        attempt = JobAttempt(
+            claim, lease, self._blobs, self._settings, slot, self._drain, self._child_command, claimed_at
+        )
+        try:
+            return attempt.run()
+        except LeaseLostError:
+            raise
+        except ChannelBrokenError as error:
+            return Crashed(str(error))
+        except Exception as error:
+            log.exception("attempt_failed", job_id=claim.job_id, epoch=claim.epoch)
+            return Crashed(f"the worker met an error of its own: {type(error).__name__}: {error}")
+
+    def _end(self, session: Session, claim: Claim, ending: Ending) -> bool:
+        """Write how the attempt ended; False when it is not the live one."""
+        if isinstance(ending, Failed) and ending.permanent:
+            return attempts.finish_failed(session, claim.job_id, claim.epoch, ending.problem)
+        if isinstance(ending, Canceled):
+            return attempts.finish_canceled(session, claim.job_id, claim.epoch)
+        drained = isinstance(ending, Drained)
+        state = self._requeue(session, claim, counted=not drained, detail=_detail(ending))
+        return state is not None
+
+    def _requeue(self, session: Session, claim: Claim, *, counted: bool, detail: str | None) -> JobState | None:
+        delay = backoff_seconds(claim.attempt, self._settings.retry_base_seconds, self._settings.retry_cap_seconds)
+        return attempts.requeue(
+            session,
+            claim.job_id,
+            claim.epoch,
+            outcome=AttemptOutcome.CRASHED if counted else AttemptOutcome.DRAINED,
+            delay_seconds=delay if counted else 0.0,
+            counted=counted,
+            detail=detail,
+        )
+
+
+def _detail(ending: Ending) -> str | None:
+    if isinstance(ending, Failed):
+        return ending.problem.detail
+    return ending.detail if isinstance(ending, Crashed) else None
