@@ -13,6 +13,7 @@ import click
 from service.cli import services_file
 from service.cli.data_lock import hold
 from service.cli.exits import ExitCode
+from service.cli.logs import set_up_logs
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -46,6 +47,7 @@ def serve(data_dir: Path | None, host: str | None, port: int | None) -> int:
         from service.store.migration import migrate as migrate_database
 
         settings = _settings(data_dir=data_dir, host=host, port=port)
+        set_up_logs(settings.log_level)
         with hold(settings.lock_file):
             services = build_services(settings)
             migrate_database(services.database)
