@@ -43,6 +43,7 @@ class Assignment(_Message):
     device: str = "auto"  # "cpu", or "cuda" with CUDA_VISIBLE_DEVICES set to one GPU
     memory_bytes_max: int | None = None
     first_forward_seconds: float = 60.0
+    checkpoint_seconds: float = 30.0  # least time between two checkpoints that need not be kept
     hashes: dict[str, str] = {}  # SHA-256 of model, data, spec
 
 

@@ -1,0 +1,56 @@
+"""Second stage of a job: the artifact, made in a fresh process from the reference's file and the final state.
+
+Scripting numbers its types per process and orders some of what it writes by hash, so the same bytes come again only
+from a fresh process with a fixed hash seed; and an edited module that has run may keep an old plan (design section 5).
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from service.contract.errors import ErrorCode, ProblemError
+from worker.engine.assembly import assemble, load_state
+from worker.engine.learn import FINAL_PLAN, FINAL_STATE
+from worker.engine.network.export import export_bytes
+
+ARTIFACT = "artifact.pt"
+
+
+def emit(model: Path, work_dir: Path) -> dict[str, Any]:
+    """Write the artifact beside the final state.
+
+    Parameters
+    ----------
+    model : Path
+        The reference's file.
+    work_dir : Path
+        Holds the final state and recipe; receives ``artifact.pt``.
+
+    Returns
+    -------
+    dict
+        ``path``, ``bytes`` and ``sha256`` of the artifact.
+
+    Raises
+    ------
+    ProblemError
+        ``CONSTRAINT_UNREACHABLE`` when the file is not smaller than the reference's.
+    """
+    plan = json.loads((work_dir / FINAL_PLAN).read_text(encoding="utf-8"))
+    network = assemble(model, plan["recipe"], torch.device("cpu"))
+    load_state(network, load_file(work_dir / FINAL_STATE))
+    content = export_bytes(network)
+    reference_bytes = model.stat().st_size
+    if len(content) >= reference_bytes:
+        raise ProblemError(
+            ErrorCode.CONSTRAINT_UNREACHABLE,
+            f"the compressed file has {len(content)} bytes, the model's {reference_bytes}: nothing is gained at this "
+            "size. Ask for a smaller budget, or compress a larger model",
+        )
+    path = work_dir / ARTIFACT
+    path.write_bytes(content)
+    return {"path": str(path), "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}

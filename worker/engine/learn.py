@@ -1,0 +1,229 @@
+"""First stage of a job: from the uploaded files to the trained factored network and its rank configuration."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from service.contract.errors import ErrorCode, ProblemError
+from service.contract.events import EventKind
+from service.contract.plan import REASON_MEANINGS
+from service.contract.spec import JobSpec
+from service.contract.states import Phase
+from worker.engine.assembly import assemble, load_state
+from worker.engine.data import Dataset
+from worker.engine.data_files import open_arrays
+from worker.engine.device import choose_device
+from worker.engine.examples import example_inputs, suggestion
+from worker.engine.forward import call
+from worker.engine.layer_rules import Decisions, apply_rules, size_metric
+from worker.engine.methods.context import Context, Outcome
+from worker.engine.methods.registry import method_for
+from worker.engine.network.costs import Census, take_census
+from worker.engine.network.layers import find_layers
+from worker.engine.network.load import load_model
+from worker.engine.network.operators import reject_unsafe_operators
+from worker.engine.objective import Objective, resolve_loss
+from worker.engine.observer import Observer, Saved
+from worker.engine.selection.steering import Network
+from worker.engine.teacher import Teacher
+
+FINAL_STATE = "final.safetensors"
+FINAL_PLAN = "final.json"
+EXPECTED = "expected.safetensors"
+COMPARED_SAMPLES = 32  # held-out samples on which the reloaded artifact is compared with the trained network
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Files of a job on this machine, and where its stages leave theirs."""
+
+    model: Path
+    data: Path | None
+    data_format: str | None
+    work_dir: Path
+
+
+def learn(sources: Sources, spec: JobSpec, observer: Observer, saved: Saved | None = None) -> dict[str, Any]:
+    """Compress a model and leave the factored network's state, recipe and expected outputs in the work directory.
+
+    Parameters
+    ----------
+    sources : Sources
+        Model, data, and the work directory.
+    spec : JobSpec
+        What to do.
+    observer : Observer
+        Told of phases, layers, ranks, progress and checkpoints.
+    saved : Saved, optional
+        Where an earlier attempt stood.
+
+    Returns
+    -------
+    dict
+        Facts for the log: sizes and notes.
+
+    Raises
+    ------
+    ProblemError
+        With the code of what is wrong with the model, the data, the spec, or the budget.
+    """
+    observer.phase(Phase.STARTING)
+    torch.manual_seed(spec.seed)
+    device = choose_device(spec.device)
+    reference = load_model(sources.model, device)
+    reject_unsafe_operators(reference)
+    dataset = open_dataset(sources, spec, reference)
+    if dataset is None and spec.example_inputs is None:
+        raise ProblemError(
+            ErrorCode.EXAMPLE_INPUTS_MISSING,
+            "there is no data, so example_inputs must say what the model takes; for this model try "
+            f'"example_inputs": {json.dumps(suggestion(find_layers(reference)))}',
+        )
+    observer.phase(Phase.INSPECTING)
+    examples = example_inputs(spec, dataset, device)
+    census = take_census(load_model(sources.model, device), tuple(x[:1] for x in examples))
+    context = _context(sources, spec, observer, device, census, dataset, reference, examples, saved)
+    outcome = method_for(spec.method.type).run(context)
+    _leave(sources, context, outcome, examples)
+    return {"recipe_layers": len(outcome.recipe), **outcome.notes}
+
+
+def open_dataset(sources: Sources, spec: JobSpec, reference: torch.jit.ScriptModule) -> Dataset | None:
+    """Open the dataset of a job, or None where it has none."""
+    if sources.data is None or sources.data_format is None:
+        return None
+    arrays = open_arrays(sources.data, sources.data_format, sources.work_dir / "arrays")
+    names = [argument.name for argument in reference._c._get_method("forward").schema.arguments][1:]
+    dataset = Dataset(arrays, spec.data, spec.seed, names)
+    floating = [parameter.dtype for parameter in reference.parameters() if parameter.is_floating_point()]
+    if floating and floating[0] == torch.float64:
+        dataset.dtype = torch.float64
+    return dataset
+
+
+def make_objective(
+    spec: JobSpec, dataset: Dataset | None, reference: torch.jit.ScriptModule, device: torch.device
+) -> tuple[Objective, Teacher | None] | None:
+    """Objective and teacher of a job; None without data."""
+    if dataset is None:
+        return None
+    loss = resolve_loss(spec.objective, dataset)
+    objective = Objective(spec.objective.model_copy(update={"loss": loss}))
+    teacher = Teacher(reference, dataset, device) if objective.needs_teacher else None
+    return objective, teacher
+
+
+def _context(
+    sources: Sources,
+    spec: JobSpec,
+    observer: Observer,
+    device: torch.device,
+    census: Census,
+    dataset: Dataset | None,
+    reference: torch.jit.ScriptModule,
+    examples: Sequence[Tensor],
+    saved: Saved | None,
+) -> Context:
+    decisions = apply_rules(census.layers, spec)
+    observer.layers(decisions.facts)
+    for warning in decisions.warnings:
+        observer.event(EventKind.WARNING, warning.model_dump(mode="json", exclude_none=True))
+    _require_problems(decisions)
+    metric = size_metric(spec)
+    total = census.total_macs if metric == "macs" else census.total_params
+    network = Network(tuple(decisions.problems), total - sum(problem.dense_size for problem in decisions.problems))
+    limit = None if spec.budget is None else spec.budget.limit(total)
+    if limit is not None and network.least_size > limit:
+        unit = "multiply-adds" if metric == "macs" else "parameters"
+        raise ProblemError(
+            ErrorCode.CONSTRAINT_UNREACHABLE,
+            f"the budget is {limit} {unit}, but with every layer at its lowest rank the network has "
+            f"{network.least_size} ({network.least_size / total:.4f} of the reference's {total}): the rest is in what "
+            "stays dense. Raise the budget, or let more layers or other terms be compressed",
+        )
+    made = make_objective(spec, dataset, reference, device)
+    if dataset is not None and made is not None:
+        with torch.no_grad():
+            positions = np.arange(min(2, dataset.size("train")))
+            made[0].check(call(reference.eval(), dataset.rows("train", positions, device).inputs), dataset)
+    context = Context(
+        source=sources.model,
+        spec=spec,
+        device=device,
+        decisions=decisions,
+        network=network,
+        limit=limit,
+        dataset=dataset,
+        objective=made[0] if made else None,
+        teacher=made[1] if made else None,
+        observer=observer,
+        saved=saved,
+        resolved=spec.on_the_wire(),
+    )
+    _resolve_what_is_known(context, examples)
+    return context
+
+
+def _resolve_what_is_known(context: Context, examples: Sequence[Tensor]) -> None:
+    spec, resolved = context.spec, context.resolved
+    resolved["method"]["mu"]["growth"] = spec.method.mu.growth_factor
+    epochs = spec.method.mu.steps * spec.training.epochs_per_step
+    resolved["fine_tune"]["epochs"] = spec.fine_tune.resolved_epochs(epochs)
+    resolved["cost"] = spec.cost_weights().model_dump(mode="json")
+    resolved["device"] = context.device.type
+    if context.objective is not None:
+        resolved["objective"]["loss"] = context.objective.loss_name
+    if context.dataset is not None:
+        resolved["example_inputs"] = [
+            {"shape": [1, *x.shape[1:]], "dtype": str(x.dtype).removeprefix("torch."), "high": None} for x in examples
+        ]
+    context.observer.resolved(resolved)
+
+
+def _require_problems(decisions: Decisions) -> None:
+    if decisions.problems:
+        return
+    reasons = sorted(set(decisions.dense.values()))
+    shown = "; ".join(f"{reason}: {REASON_MEANINGS[reason]}" for reason in reasons)
+    raise ProblemError(
+        ErrorCode.NO_COMPRESSIBLE_LAYER,
+        f"none of the model's {len(decisions.facts)} layers can be compressed under this spec. {shown or 'It has no '}"
+        f"{'' if shown else 'layer with a weight.'}",
+    )
+
+
+def _leave(sources: Sources, context: Context, outcome: Outcome, examples: Sequence[Tensor]) -> None:
+    """Write what the later stages read; the network is compared on held-out inputs."""
+    network = assemble(sources.model, outcome.recipe, context.device)
+    load_state(network, outcome.state)
+    network.eval()
+    if context.dataset is not None:
+        count = min(COMPARED_SAMPLES, context.dataset.size("report"))
+        inputs: Sequence[Tensor] = context.dataset.rows("report", np.arange(count), context.device).inputs
+    else:
+        inputs = examples
+    with torch.no_grad():
+        outputs = call(network, inputs)
+    compared = {f"input.{i}": x.cpu().contiguous() for i, x in enumerate(inputs)}
+    compared |= {f"output.{i}": y.cpu().contiguous() for i, y in enumerate(outputs)}
+    save_file(compared, sources.work_dir / EXPECTED)
+    save_file(dict(outcome.state), sources.work_dir / FINAL_STATE)
+    budget = context.spec.budget
+    plan = {
+        "recipe": outcome.recipe,
+        "notes": outcome.notes,
+        "resolved": context.resolved,
+        "limit": context.limit,
+        "metric": size_metric(context.spec),
+        "has_budget": budget is not None,
+        "warnings": [warning.model_dump(mode="json") for warning in context.decisions.warnings],
+        "device": context.device.type,
+    }
+    (sources.work_dir / FINAL_PLAN).write_text(json.dumps(plan), encoding="utf-8")

@@ -1,0 +1,196 @@
+"""The child process: one stage of one attempt, and the only place where PyTorch meets an uploaded file.
+
+Started as ``python -m worker.runner`` with an `Assignment` on standard input; it answers over the channel alone.
+"""
+
+import json
+import resource
+import sys
+import time
+import traceback
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from service.contract.errors import ErrorCode, ProblemError
+from service.contract.events import EventKind, Progress
+from service.contract.plan import LayerFacts, RankRow
+from service.contract.report import PhaseUse
+from service.contract.states import Phase
+from worker.channel import (
+    Assignment,
+    DoneMessage,
+    EventMessage,
+    FailedMessage,
+    LayersMessage,
+    MessageWriter,
+    PhaseMessage,
+    ProgressMessage,
+    RanksMessage,
+    ResolvedMessage,
+    failure,
+)
+from worker.sandbox import apply_limits
+
+EXIT_PROBLEM = 65  # EX_DATAERR: the problem was said over the channel
+EXIT_INTERNAL = 70  # EX_SOFTWARE
+PHASES_FILE = "phases.json"
+PROGRESS_SECONDS = 0.5  # progress is told at most this often
+
+
+def main() -> int:
+    """Run the stage that standard input assigns."""
+    assignment = Assignment.model_validate_json(sys.stdin.buffer.readline())
+    apply_limits(assignment)
+    writer = MessageWriter.from_environment()
+    try:
+        writer.send(DoneMessage(result=run_stage(assignment, writer)))
+    except ProblemError as error:
+        writer.send(failure(error, permanent=error.code != ErrorCode.INTERNAL))
+        return EXIT_PROBLEM
+    except Exception as error:  # noqa: BLE001  whatever it is, the supervisor must hear of it
+        traceback.print_exc()
+        writer.send(_unexpected(error, assignment))
+        return EXIT_INTERNAL
+    return 0
+
+
+def run_stage(assignment: Assignment, writer: MessageWriter) -> dict[str, Any]:
+    """Dispatch to the engine; PyTorch is imported under the limits that hold by now."""
+    from worker.engine.device import prepare_process  # noqa: PLC0415
+
+    prepare_process(assignment.thread_count, repeatable=assignment.stage != "verify")
+    relay = RelayingObserver(assignment, writer)
+    try:
+        return {"learn": _learn, "emit": _emit, "verify": _verify}[assignment.stage](assignment, relay)
+    finally:
+        relay.close()
+
+
+class RelayingObserver:
+    """Tells the supervisor what the engine says, and keeps account of time and memory by phase."""
+
+    def __init__(self, assignment: Assignment, writer: MessageWriter) -> None:
+        self._assignment = assignment
+        self._writer = writer
+        self._work_dir = Path(assignment.work_dir)
+        self._phases = _read_phases(self._work_dir)
+        self._phase: str | None = None
+        self._entered = time.monotonic()
+        self._told = 0.0
+        self._saved = time.monotonic()
+
+    def phase(self, phase: str) -> None:
+        """Enter a phase."""
+        self.close()
+        self._phase, self._entered = phase, time.monotonic()
+        self._writer.send(PhaseMessage(phase=phase))
+
+    def close(self) -> None:
+        """Book the phase that ends."""
+        if self._phase is not None:
+            self._phases.append(_use(self._phase, time.monotonic() - self._entered))
+            self._phase = None
+            text = json.dumps([use.model_dump(mode="json") for use in self._phases])
+            (self._work_dir / PHASES_FILE).write_text(text, encoding="utf-8")
+
+    def uses(self) -> list[PhaseUse]:
+        """Phases of this attempt so far, the present one included."""
+        now = [] if self._phase is None else [_use(self._phase, time.monotonic() - self._entered)]
+        return [*self._phases, *now]
+
+    def layers(self, facts: Sequence[LayerFacts]) -> None:
+        """Tell the layers."""
+        self._writer.send(LayersMessage(layers=list(facts)))
+
+    def ranks(self, rows: Sequence[RankRow]) -> None:
+        """Tell rank configurations."""
+        if rows:
+            self._writer.send(RanksMessage(rows=list(rows)))
+
+    def resolved(self, spec: Mapping[str, Any]) -> None:
+        """Tell the resolved spec."""
+        self._writer.send(ResolvedMessage(spec=dict(spec)))
+
+    def progress(self, progress: Progress) -> None:
+        """Tell progress, but not more often than anyone looks."""
+        now = time.monotonic()
+        if now - self._told >= PROGRESS_SECONDS or progress.fraction >= 1:
+            self._told = now
+            self._writer.send(ProgressMessage(progress=progress))
+
+    def event(self, kind: EventKind, data: Mapping[str, Any]) -> None:
+        """Add to the job's history."""
+        self._writer.send(EventMessage(kind=kind, data=dict(data)))
+
+    def checkpoint(self, saved: Any, step: int, *, must: bool = False) -> None:
+        """Write a checkpoint unless the last one is too recent."""
+        from worker.checkpoint import write_checkpoint  # noqa: PLC0415
+
+        if not must and time.monotonic() - self._saved < self._assignment.checkpoint_seconds:
+            return
+        self._writer.send(write_checkpoint(saved, self._work_dir / "checkpoints", step))
+        self._saved = time.monotonic()
+
+
+def _learn(assignment: Assignment, relay: RelayingObserver) -> dict[str, Any]:
+    from service.contract.spec import parse_spec  # noqa: PLC0415
+    from worker.checkpoint import read_checkpoint  # noqa: PLC0415
+    from worker.engine.learn import learn  # noqa: PLC0415
+
+    saved = read_checkpoint(Path(assignment.resume_path)) if assignment.resume_path else None
+    return learn(_sources(assignment), parse_spec(assignment.spec), relay, saved)
+
+
+def _emit(assignment: Assignment, relay: RelayingObserver) -> dict[str, Any]:
+    from worker.engine.emission import emit  # noqa: PLC0415
+
+    relay.phase(Phase.EMITTING)
+    return emit(Path(assignment.model_path), Path(assignment.work_dir))
+
+
+def _verify(assignment: Assignment, relay: RelayingObserver) -> dict[str, Any]:
+    from service.contract.spec import parse_spec  # noqa: PLC0415
+    from worker.engine.verification import summarise, verify  # noqa: PLC0415
+
+    relay.phase(Phase.VERIFYING)
+    spec = parse_spec(assignment.spec)
+    report = verify(_sources(assignment), spec, assignment.hashes, relay.uses, assignment.job_id)
+    return {"summary": summarise(report).model_dump(mode="json"), "artifact_sha256": report.hashes["artifact"]}
+
+
+def _sources(assignment: Assignment) -> Any:
+    from worker.engine.learn import Sources  # noqa: PLC0415
+
+    data = None if assignment.data_path is None else Path(assignment.data_path)
+    return Sources(Path(assignment.model_path), data, assignment.data_format, Path(assignment.work_dir))
+
+
+def _unexpected(error: BaseException, assignment: Assignment) -> FailedMessage:
+    """Say an exception that no code foresaw; want of memory is the job's own doing and final."""
+    from worker.engine.forward import out_of_memory  # noqa: PLC0415
+
+    if out_of_memory(error):
+        limit = assignment.memory_bytes_max
+        bound = f" within its limit of {limit} bytes" if limit is not None else ""
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        detail = f"the job ran out of memory{bound}; its peak was {peak} bytes resident: {str(error)[:300]}"
+        return failure(ProblemError(ErrorCode.OUT_OF_MEMORY, detail))
+    detail = f"the engine met an error of its own: {type(error).__name__}: {str(error)[:500]}"
+    return failure(ProblemError(ErrorCode.INTERNAL, detail), permanent=False)
+
+
+def _use(phase: str, seconds: float) -> PhaseUse:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return PhaseUse(phase=phase, seconds=seconds, peak_memory_bytes=peak)
+
+
+def _read_phases(work_dir: Path) -> list[PhaseUse]:
+    path = work_dir / PHASES_FILE
+    if not path.exists():
+        return []
+    return [PhaseUse.model_validate(use) for use in json.loads(path.read_text(encoding="utf-8"))]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
