@@ -1,0 +1,52 @@
+import time
+
+import pytest
+
+from service.bell import RUN_NEXT, Bell, celery_configuration, make_celery
+from service.settings import Settings
+
+
+@pytest.fixture(params=["memory", "valkey"])
+def bell(request, tmp_path):
+    queue = f"queue-{time.time_ns()}"
+    url = "memory://" if request.param == "memory" else request.getfixturevalue("valkey_url")
+    settings = Settings(data_dir=tmp_path, broker_url=url, queue=queue)
+    return Bell(make_celery(settings)), queue
+
+
+def test_bells_wait_in_the_queue(bell):
+    bell, queue = bell
+    assert bell.queue_depth(queue) == 0
+    assert bell.ring(queue)
+    assert bell.ring(queue, 2)
+    assert bell.queue_depth(queue) == 3
+
+
+def test_a_bell_carries_the_tasks_name_and_nothing_else(bell):
+    bell, queue = bell
+    bell.ring(queue)
+    with bell.app.connection_for_read() as connection:
+        simple = connection.SimpleQueue(queue)
+        message = simple.get(timeout=5)
+        message.ack()
+        simple.close()
+    assert message.headers["task"] == RUN_NEXT
+    assert message.content_type == "application/json"
+    assert message.payload[:2] == [[], {}]
+
+
+def test_a_broker_that_is_away_neither_raises_nor_delays(tmp_path):
+    bell = Bell(make_celery(Settings(data_dir=tmp_path, broker_url="redis://127.0.0.1:1/0")))
+    began = time.monotonic()
+    assert not bell.ring("queue")
+    assert bell.queue_depth("queue") is None
+    assert time.monotonic() - began < 5
+
+
+def test_celery_is_told_to_keep_no_promise(tmp_path):
+    for url in ("memory://", "redis://127.0.0.1:1/0"):
+        found = celery_configuration(Settings(data_dir=tmp_path, broker_url=url))
+        assert found["task_acks_late"] is False
+        assert found["task_ignore_result"] is True
+        assert found["accept_content"] == ["json"]
+        assert not {"result_backend", "task_time_limit", "task_soft_time_limit"} & set(found)
