@@ -1,0 +1,193 @@
+import asyncio
+import errno
+import hashlib
+import os
+import threading
+
+import pytest
+
+from service.blobs.store import BlobStore, checkpoint_key, content_key
+from service.blobs.writer import AsyncBlobWriter
+from service.contract.errors import ErrorCode, ProblemError
+from service.contract.ids import JOB, new_id
+
+
+@pytest.fixture
+def store(tmp_path):
+    return BlobStore((tmp_path / "with space and %").as_uri())
+
+
+def stage(store, content, limit=10**9):
+    with store.writer(limit_bytes=limit, what="model") as writer:
+        writer.write(content)
+        return writer.finish()
+
+
+def staged_files(store):
+    return list((store.root / "staging").iterdir())
+
+
+def test_a_kept_file_is_found_by_its_content(store):
+    staged = stage(store, b"hello")
+    key = store.keep(staged)
+    assert staged.sha256 == hashlib.sha256(b"hello").hexdigest()
+    assert key == content_key(staged.sha256)
+    assert store.local_path(key).read_bytes() == b"hello"
+    assert (store.exists(key), store.size(key)) == (True, 5)
+    assert store.keep(stage(store, b"hello")) == key
+    assert staged_files(store) == []
+
+
+def test_ranges_are_read_in_blocks(store):
+    content = os.urandom(10_000)
+    key = store.keep(stage(store, content))
+    assert b"".join(store.open_range(key)) == content
+    assert b"".join(store.open_range(key, 100, 5000, block_bytes=7)) == content[100:5000]
+    assert b"".join(store.open_range(key, 9_990, 99_999)) == content[9_990:]
+    assert list(store.open_range(key, 20_000)) == []
+    with pytest.raises(FileNotFoundError):
+        store.open_range(content_key("0" * 64))
+
+
+def test_a_file_over_the_limit_leaves_nothing(store):
+    with pytest.raises(ProblemError) as caught:
+        stage(store, b"12345", limit=4)
+    assert caught.value.code is ErrorCode.TOO_LARGE
+    assert "RANKPRESS_MAX_MODEL_BYTES" in caught.value.detail
+    assert staged_files(store) == []
+
+
+def test_a_full_disk_is_told_as_such(store):
+    class FullDisk:
+        def write(self, block):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        def close(self):
+            pass
+
+    with pytest.raises(ProblemError) as caught, store.writer(limit_bytes=10) as writer:
+        writer._file.close()
+        writer._file = FullDisk()
+        writer.write(b"x")
+    assert caught.value.code is ErrorCode.STORAGE_FULL
+    assert staged_files(store) == []
+
+
+def test_discard_is_for_what_was_refused(store):
+    staged = stage(store, b"x")
+    staged.discard()
+    staged.discard()
+    assert staged_files(store) == []
+
+
+@pytest.mark.parametrize("key", ["../secret", "sha256/../../x", "/etc/passwd", "sha256/ab/short", "staging/x", ""])
+def test_only_keys_of_our_own_making_are_read(store, key):
+    for use in (store.local_path, store.exists, store.delete, store.open_range):
+        with pytest.raises(ValueError, match="blob key"):
+            use(key)
+    with pytest.raises(ValueError, match="64 hexadecimal"):
+        content_key(key)
+
+
+@pytest.mark.parametrize("move", [True, False])
+def test_checkpoints_are_stored_under_their_epoch(store, tmp_path, move):
+    job_id = new_id(JOB)
+    path = tmp_path / "state"
+    path.write_bytes(b"state")
+    key = checkpoint_key(job_id, 3, 17)
+    assert key.startswith(f"checkpoints/{job_id}/3/17-")
+    store.put_file(path, key, move=move)
+    assert path.exists() is not move
+    assert store.fetch(key, tmp_path).read_bytes() == b"state"
+    assert checkpoint_key(job_id, 3, 17) != key
+    store.delete(key)
+    store.delete(key)
+    assert not store.exists(key)
+    with pytest.raises(FileNotFoundError):
+        store.fetch(key, tmp_path)
+
+
+def test_put_content_returns_what_a_row_needs(store, tmp_path):
+    path = tmp_path / "artifact"
+    path.write_bytes(b"artifact")
+    sha256 = hashlib.sha256(b"artifact").hexdigest()
+    assert store.put_content(path) == (content_key(sha256), sha256, 8)
+
+
+def test_old_keys_are_listed_and_young_ones_spared(store):
+    old, young = store.keep(stage(store, b"old")), store.keep(stage(store, b"young"))
+    os.utime(store.local_path(old), (0, 0))
+    stage(store, b"still staged")
+    assert list(store.keys_older_than(60)) == [old]
+    assert not store.delete_if_older(young, 60)
+    store.keep(stage(store, b"old"))  # uploaded again: young again
+    assert not store.delete_if_older(old, 60)
+    os.utime(store.local_path(old), (0, 0))
+    assert store.delete_if_older(old, 60)
+    assert not store.delete_if_older(old, 60)
+
+
+def test_the_probe_tells_whether_the_store_can_be_written(store):
+    assert store.probe()
+    (store.root / "probe").rmdir()
+    (store.root / "probe").write_text("in the way")
+    assert not store.probe()
+
+
+def test_an_object_store_is_used_the_same_way(tmp_path):
+    store = BlobStore("memory:///", staging_dir=tmp_path)
+    content = os.urandom(5_000)
+    key = store.keep(stage(store, content))
+    assert store.local_path(key) is None
+    assert b"".join(store.open_range(key, 10, 4_000, block_bytes=100)) == content[10:4_000]
+    assert store.fetch(key, tmp_path).read_bytes() == content
+    assert store.probe()
+    assert list(store.keys_older_than(-60)) == [key]
+    store.delete(key)
+    assert not store.exists(key)
+
+
+def test_the_async_writer_hashes_in_order_with_bounded_blocks(store):
+    chunks = [os.urandom(size) for size in (1, 1000, 65_536, 3, 200_000, 0, 77)]
+    sizes, threads = [], set()
+
+    async def upload():
+        writer = store.writer(limit_bytes=10**9)
+        write = writer.write
+
+        def watched(block):
+            sizes.append(len(block))
+            threads.add(threading.get_ident())
+            write(block)
+
+        writer.write = watched
+        async with AsyncBlobWriter(writer, block_bytes=50_000) as staged:
+            for chunk in chunks:
+                await staged.write(chunk)
+            return await staged.finish()
+
+    staged = asyncio.run(upload())
+    assert staged.sha256 == hashlib.sha256(b"".join(chunks)).hexdigest()
+    assert staged.bytes == sum(map(len, chunks)) == staged.path.stat().st_size
+    assert max(sizes) < 50_000 + 200_001
+    assert threading.get_ident() not in threads
+
+
+@pytest.mark.parametrize("how", ["too large", "broken off", "canceled"])
+def test_an_upload_that_ends_early_leaves_nothing(store, how):
+    async def upload():
+        async with AsyncBlobWriter(store.writer(limit_bytes=100), block_bytes=10) as writer:
+            for _ in range(3):
+                await writer.write(bytes(30))
+            if how == "broken off":
+                raise ConnectionResetError
+            if how == "canceled":
+                asyncio.current_task().cancel()
+                await asyncio.sleep(1)
+            await writer.write(bytes(30))
+            await writer.finish()
+
+    error = {"too large": ProblemError, "broken off": ConnectionResetError, "canceled": asyncio.CancelledError}[how]
+    with pytest.raises(error):
+        asyncio.run(upload())
+    assert staged_files(store) == []
