@@ -65,10 +65,14 @@ def test_a_full_disk_is_told_as_such(store):
         def close(self):
             pass
 
-    with pytest.raises(ProblemError) as caught, store.writer(limit_bytes=10) as writer:
-        writer._file.close()
-        writer._file = FullDisk()
-        writer.write(b"x")
+    def write():
+        with store.writer(limit_bytes=10) as writer:
+            writer._file.close()
+            writer._file = FullDisk()
+            writer.write(b"x")
+
+    with pytest.raises(ProblemError) as caught:
+        write()
     assert caught.value.code is ErrorCode.STORAGE_FULL
     assert staged_files(store) == []
 

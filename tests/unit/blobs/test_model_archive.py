@@ -45,11 +45,8 @@ def model(tmp_path):
 def changed(tmp_path):
     """Write the model with members added, replaced or (None) removed."""
 
-    def write(compression=zipfile.ZIP_STORED, **changes):
-        members = MEMBERS | {
-            name.replace("__slash__", "/"): value for name, value in changes.pop("members", {}).items()
-        }
-        kept = {name: value for name, value in members.items() if value is not None}
+    def write(compression=zipfile.ZIP_STORED, *, members=()):
+        kept = {name: value for name, value in (MEMBERS | dict(members)).items() if value is not None}
         return write_zip(tmp_path / "changed.pt", kept, compression)
 
     return write
