@@ -68,6 +68,15 @@ def abandon(session: Session, reservation: str) -> None:
     session.execute(delete(IdempotencyKey).where(IdempotencyKey.id == reservation, IdempotencyKey.job_id.is_(None)))
 
 
+def abandon_all(session: Session) -> int:
+    """Free every key whose request was never answered; for a start that knows no other process serves this store."""
+    return len(
+        session.execute(
+            delete(IdempotencyKey).where(IdempotencyKey.job_id.is_(None)).returning(IdempotencyKey.id)
+        ).all()
+    )
+
+
 def forget_old_keys(session: Session, keep_seconds: float) -> int:
     """Drop keys older than this; returns how many."""
     drop = delete(IdempotencyKey).where(IdempotencyKey.created_at < database_time(-keep_seconds))

@@ -3,7 +3,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from submissions import submit_job
 
-from service.store.idempotency import Fresh, InFlight, Replay, abandon, begin, complete, forget_old_keys
+from service.store.idempotency import Fresh, InFlight, Replay, abandon, abandon_all, begin, complete, forget_old_keys
 
 
 def start(database, key="key", owner="owner", in_flight_seconds=60.0):
@@ -67,3 +67,15 @@ def test_old_keys_are_forgotten(database):
     time.sleep(0.02)
     with database.write() as session:
         assert forget_old_keys(session, 0.005) == 1
+
+
+def test_a_start_frees_the_keys_that_were_never_answered(database):
+    start(database, key="unanswered")
+    answered = start(database, key="answered")
+    job_id = submit_job(database)
+    with database.write() as session:
+        complete(session, answered.reservation, "f" * 64, job_id)
+    with database.write() as session:
+        assert abandon_all(session) == 1
+    assert isinstance(start(database, key="unanswered"), Fresh)
+    assert isinstance(start(database, key="answered"), Replay)
