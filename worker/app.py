@@ -25,9 +25,8 @@ def create_worker(settings: Settings, *, child_command: tuple[str, ...] = CHILD_
     app = make_celery(settings)
     app.conf.update(worker_pool="threads", worker_concurrency=settings.slots)
     database = Database(settings.resolved_database_url)
-    staging = settings.data_dir.absolute() / "staging"
-    staging.mkdir(parents=True, exist_ok=True)
-    blobs = BlobStore(settings.resolved_blob_url, staging_dir=staging)
+    in_files = settings.resolved_blob_url.startswith("file:")  # those are staged beside where they end
+    blobs = BlobStore(settings.resolved_blob_url, staging_dir=None if in_files else settings.data_dir / "staging")
     slots = Slots(settings)
     row = WorkerRow(database, settings, slots)
     supervisor = Supervisor(settings, database, blobs, slots, row.worker_id, child_command=child_command)

@@ -108,6 +108,7 @@ class JobAttempt:
             thread_count=self._slot.thread_count,
             device="cuda" if self._gpu is not None or claim.spec.get("device") == "cuda" else "cpu",
             memory_bytes_max=self._slot.memory_bytes_max,
+            checkpoint_seconds=self._settings.checkpoint_seconds,
             first_forward_seconds=deadlines.get("first_forward_seconds") or self._settings.first_forward_seconds,
             hashes={
                 "model": claim.model.sha256,

@@ -74,8 +74,10 @@ class EmbeddedWorker:
 
     def _work(self) -> None:
         settings = self._services.settings
+        app = self._services.bell.app
+        app.set_default()  # the pool's threads look their task up in the process's default app
         controller = WorkController(
-            app=self._services.bell.app,
+            app=app,
             hostname=f"{self._row.worker_id}@embedded",
             pool_cls="threads",
             concurrency=settings.slots,

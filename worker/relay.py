@@ -1,5 +1,6 @@
 """What a child says becomes rows: in order, in batches, under the attempt's lease."""
 
+import math
 import time
 from collections.abc import Mapping
 from functools import partial
@@ -11,7 +12,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
 from service.blobs.store import BlobStore, checkpoint_key
-from service.contract.events import EventKind
+from service.contract.events import EventKind, Progress
 from service.contract.plan import LayerFacts, RankRow
 from service.store import attempts
 from service.store.checkpoints import insert_checkpoint
@@ -60,9 +61,11 @@ class Relay:
     def take(self, message: Message) -> None:
         """Take one message; a checkpoint, and what came before it, is written when this returns."""
         if isinstance(message, PhaseMessage):
+            if len(message.phase) > PHASE_LENGTH_MAX or not message.phase.isprintable():
+                raise ChannelBrokenError(f"the child named a phase that is not a word of {PHASE_LENGTH_MAX} characters")
             self.enter(message.phase)
         elif isinstance(message, ProgressMessage):
-            self._lease.advance(message.progress)
+            self._lease.advance(_finite(message.progress))
         elif isinstance(message, EventMessage):
             self._take_event(message)
         elif isinstance(message, LayersMessage):
@@ -78,8 +81,6 @@ class Relay:
 
     def enter(self, phase: str) -> None:
         """Show a phase and note it in the job's history."""
-        if len(phase) > PHASE_LENGTH_MAX:
-            raise ChannelBrokenError(f"the child named a phase of more than {PHASE_LENGTH_MAX} characters")
         if phase != self._lease.phase:
             self._lease.enter(phase)
             self._events.append((EventKind.PHASE, {"phase": phase}))
@@ -158,3 +159,10 @@ class Relay:
                 self._blobs.delete(key)
             except Exception:  # an orphan blob is swept later; the attempt goes on
                 log.warning("blob_not_deleted", key=key, exc_info=True)
+
+
+def _finite(progress: Progress) -> Progress:
+    """The progress without what JSON has no word for: a loss that diverges is shown as none."""
+    numbers = {"eta_seconds": progress.eta_seconds, "loss": progress.loss, "cost": progress.cost}
+    unknown = {name: None for name, number in numbers.items() if number is not None and not math.isfinite(number)}
+    return progress.model_copy(update=unknown)

@@ -76,8 +76,8 @@ class FakeRunner:
         digest = hashlib.sha256(content).hexdigest()
         self.writer.send(CheckpointMessage(path=str(path), sha256=digest, bytes=len(content), step=step))
 
-    def layers(self):
-        facts = [LayerFacts(position=0, name="fc", kind="linear", weight_shape=[4, 4], params=20, macs=16)]
+    def layers(self, name="fc"):
+        facts = [LayerFacts(position=0, name=name, kind="linear", weight_shape=[4, 4], params=20, macs=16)]
         self.writer.send(LayersMessage(layers=facts))
 
     def ranks(self, step, rank, chosen):

@@ -101,20 +101,28 @@ def test_a_passing_failure_is_tried_again(house):
         (["line", "no message"], "no message"),
         (["line", '{"type": "phase"}'], "no message"),
         (["phase", "x" * 41], "40 characters"),
+        (["phase", "nul \x00"], "40 characters"),
         (["event", "state", {"state": "succeeded"}], "supervisor's"),
         (["event", "log", {"message": "x" * 70_000}], "65536 characters"),
     ],
 )
-def test_a_child_that_always_crashes_is_poison(house, operation, said):
+def test_what_ends_an_attempt_as_a_crash(make_house, operation, said):
+    house = make_house(max_attempts=1)
     job_id = house.submit({"learn": [["stderr", "the last word", 1], operation, ["sleep", 5]]})
+    house.run()
+    job = house.job(job_id)
+    assert (job.state, job.problem["code"]) == (JobState.FAILED, "WORKER_LOST")
+    assert said in job.problem["detail"]
+
+
+def test_a_child_that_always_crashes_is_poison_and_others_flow(house):
+    job_id = house.submit({"learn": [["kill", signal.SIGKILL]]})
+    other = house.submit({})
     while house.run():
         pass
     job = house.job(job_id)
     assert (job.state, job.problem["code"], job.attempt) == (JobState.FAILED, "WORKER_LOST", 2)
-    assert said in job.problem["detail"]
     assert [one.outcome for one in house.attempts(job_id)] == [AttemptOutcome.CRASHED] * 2
-    other = house.submit({})
-    house.run()
     assert house.job(other).state == JobState.SUCCEEDED
 
 
@@ -337,6 +345,15 @@ def test_another_artifact_than_the_verified_one_is_refused(house):
     job_id = house.submit({"verify": [["report"], ["done", {"artifact_sha256": "0" * 64}]]})
     house.run()
     assert house.job(job_id).problem["code"] == "VERIFICATION_FAILED"
+
+
+def test_a_loss_that_is_no_number_is_shown_as_none(house):
+    line = '{"type": "progress", "progress": {"step": 1, "fraction": 0.5, "loss": NaN, "eta_seconds": Infinity}}'
+    job_id = house.submit({"learn": [["line", line], ["fail", "DIVERGED", "the loss is no number", True]]})
+    house.run()
+    job = house.job(job_id)
+    assert job.problem["code"] == "DIVERGED"
+    assert job.progress.get("loss") is None
 
 
 def test_a_spamming_child_ends_well(house):
