@@ -14,6 +14,7 @@ from service.api import artifacts, capabilities, datasets, docs, health, jobs, m
 from service.api.deps import require_key
 from service.api.edge import Edge
 from service.api.limits import Linger, SmallBodies
+from service.jobs import idempotency
 from service.services import Services
 
 PREFIX = "/v1"
@@ -40,7 +41,7 @@ class Component(Protocol):
 
 def create_app(services: Services, *, components: Sequence[Component] = ()) -> FastAPI:
     """Build the application; `components` start with it, in their order, and stop with it in the reverse order."""
-    app = _with_routes(FastAPI(lifespan=_lifespan_of(components), **_ABOUT))
+    app = _with_routes(FastAPI(lifespan=_lifespan_of(services, components), **_ABOUT))
     app.state.services = services
     # The last one added is the outermost.
     app.add_middleware(SmallBodies, max_bytes=services.settings.max_body_bytes, upload_paths=UPLOAD_PATHS)
@@ -67,9 +68,13 @@ def _with_routes(app: FastAPI) -> FastAPI:
     return app
 
 
-def _lifespan_of(components: Sequence[Component]) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
+def _lifespan_of(
+    services: Services, components: Sequence[Component]
+) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+        if services.settings.embedded:  # one process alone holds the data directory
+            await run_in_threadpool(idempotency.release_all, services)
         async with AsyncExitStack() as stack:
             for component in components:
                 await run_in_threadpool(component.start)

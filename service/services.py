@@ -1,6 +1,6 @@
 """What the service is made of, put together once and handed on."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from service.bell import Bell, make_celery
@@ -18,7 +18,7 @@ class Services:
     database: Database
     blobs: BlobStore
     bell: Bell
-    api_key: str
+    api_key: str = field(repr=False)
 
 
 def build_services(settings: Settings) -> Services:

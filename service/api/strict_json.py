@@ -6,7 +6,8 @@ from typing import Any, NoReturn
 from service.contract.errors import ErrorCode, FieldError, ProblemError
 
 MAX_DEPTH = 32
-_INTEGER_DIGITS = 19  # what fits 64 bits
+_BIGGEST_INTEGER = 2**63 - 1
+_INTEGER_DIGITS = 19  # of the biggest; more are not even turned into a number
 
 
 class _RefusedError(ValueError):
@@ -60,8 +61,11 @@ def _no_constant(name: str) -> NoReturn:
 
 def _small_int(text: str) -> int:
     if len(text.lstrip("-")) > _INTEGER_DIGITS:
-        raise _RefusedError(f"integers have at most {_INTEGER_DIGITS} digits; found {len(text)}")
-    return int(text)
+        raise _RefusedError(f"integers are at most {_BIGGEST_INTEGER}; found one of {len(text)} digits")
+    number = int(text)
+    if abs(number) > _BIGGEST_INTEGER:
+        raise _RefusedError(f"integers are at most {_BIGGEST_INTEGER}; found {number}")
+    return number
 
 
 def _finite_float(text: str) -> float:

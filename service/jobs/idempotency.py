@@ -46,6 +46,15 @@ def release(services: Services, fresh: Fresh) -> None:
         _log.warning("idempotency key not freed", error=str(error))
 
 
+def release_all(services: Services) -> None:
+    """Free the keys of requests that an earlier process died with; only for a start that serves the store alone."""
+    try:
+        with services.database.write() as session:
+            idempotency.abandon_all(session)
+    except Exception as error:  # noqa: BLE001  (a service starts without its database too, and says so in readiness)
+        _log.warning("idempotency keys not freed", error=str(error))
+
+
 def check_same(found: Replay, fingerprint: str) -> None:
     """Refuse a repeated key whose request is not the first one's."""
     if found.fingerprint != fingerprint:
