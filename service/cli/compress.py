@@ -12,7 +12,7 @@ from service.cli.junit import write_junit
 from service.cli.outcome import Outcome
 from service.cli.output import note, print_json, print_problem
 from service.cli.results import report_text
-from service.cli.trip import Trip, compressed_model
+from service.cli.trip import Trip, compressed_model, full_report
 from service.client import Client
 from service.contract import ids
 from service.contract.resources import JobResource
@@ -117,7 +117,7 @@ def fetch(job_id: str, output: Path | None, report_file: Path | None, *, as_json
         path = output or Path(artifact.name).name
         client.download(artifact, path)
         if report_file is not None:
-            report_file.write_text(client.report(job_id).model_dump_json(indent=2), encoding="utf-8")
+            report_file.write_text(full_report(client, job_id).model_dump_json(indent=2), encoding="utf-8")
     if as_json:
         print_json({"artifact": artifact.model_dump(mode="json") | {"path": str(path)}})
     else:

@@ -83,7 +83,10 @@ def inspect(job_id: str, *, history: bool, as_json: bool, url: str) -> int:
         return ExitCode.DONE
     click.echo(f"{job.id}  {job.name or ''}  {phase_text(job)}  {numbers_text(job)}".rstrip())
     click.echo()
-    click.echo(report_text(report) if report else layer_table(layers.items) or "no layer plan yet")
+    click.echo(layer_table(layers.items) or "no layer plan yet")
+    if report is not None:
+        click.echo()
+        click.echo(report_text(report.model_copy(update={"layers": []})))
     _show_history(layers)
     if job.problem is not None:
         print_problem(job.problem)

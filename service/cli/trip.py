@@ -13,6 +13,7 @@ from service.cli.output import note
 from service.cli.progress import JobBar
 from service.client import Client, ClientError, ServiceProblem
 from service.contract.errors import ErrorCode, ProblemError
+from service.contract.report import Report
 from service.contract.resources import ArtifactResource, JobResource
 from service.contract.states import JobState
 
@@ -62,7 +63,7 @@ class Trip:
     def fetch(self, job_id: str, output: Path | None) -> None:
         """Take the report, and the TorchScript artifact if there is a place for it."""
         outcome = self.outcome
-        outcome.report = self.client.report(job_id)
+        outcome.report = full_report(self.client, job_id)
         budget = outcome.report.budget
         if budget is not None and budget.reached > budget.limit:
             outcome.exit_code = ExitCode.BUDGET_MISSED
@@ -77,6 +78,14 @@ class Trip:
             bar.show(job)
 
         return show
+
+
+def full_report(client: Client, job_id: str) -> Report:
+    """The report with the layer plan in it, wherever the service keeps the plan."""
+    report = client.report(job_id)
+    if not report.layers:
+        report.layers = client.layers(job_id).items
+    return report
 
 
 def compressed_model(artifacts: list[ArtifactResource]) -> ArtifactResource:
