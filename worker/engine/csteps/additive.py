@@ -15,7 +15,7 @@ from worker.engine.csteps.spectrum import Spectrum, leading_spectrum
 from worker.engine.forms.low_rank import Factors, LowRankTerm
 
 STALL_RELATIVE = 1e-4  # a sweep that gains less than this part of the objective ends the alternation
-SWEEPS_MAX = 20
+SWEEPS_MAX = 10  # the authors' own number; most C steps stall long before
 
 
 @dataclass(frozen=True)

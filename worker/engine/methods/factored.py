@@ -18,14 +18,13 @@ from worker.engine.methods.context import Context, Outcome, ProgressMeter
 from worker.engine.methods.learning_rate import range_test
 from worker.engine.observer import Saved
 from worker.engine.rank_rows import final_rows
-from worker.engine.selection.steering import fill, pressure_for, settle_dense
+from worker.engine.selection.steering import PROHIBITIVE, fill, pressure_for, settle_dense
 from worker.engine.training import Trainer
 
 STAGE = "fine_tune"
 FINE_TUNE_STREAM = 0xF1
 PATIENCE_EPOCHS_MIN = 5
 PATIENCE_SHARE = 1 / 3  # of the epochs without a better iterate on the select part end the training
-PROHIBITIVE = 1e30  # a pressure at which only the least total rank is kept
 Learned = tuple[torch.jit.ScriptModule, Sequence[Tensor], Sequence[Projection], int]
 
 

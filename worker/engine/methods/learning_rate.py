@@ -1,7 +1,7 @@
 """The learning rate by a short range test on a copy, and its limits in the L step."""
 
 from collections.abc import Callable
-from math import inf
+from math import inf, isfinite
 
 import numpy as np
 import torch
@@ -10,8 +10,9 @@ from service.contract.errors import ErrorCode, ProblemError
 from worker.engine.forward import call
 from worker.engine.training import Trainer
 
-CANDIDATES = (0.2, 0.1, 0.05, 0.02, 0.01, 0.005, 0.002, 0.001)
-RANGE_TEST_UPDATES = 30
+CANDIDATES = (0.2, 0.1, 0.05, 0.02, 0.01, 0.005, 0.002, 0.001)  # tried from the top
+WORSE_MAX = 2  # this many candidates in a row that do worse than the best end the test
+RANGE_TEST_UPDATES = 20
 RANGE_TEST_STAGE = 0x1A  # a stream of its own for the order of samples
 PROBE_SAMPLES = 1024
 DECAY_OVER_RUN = 0.95**25  # methods L.7: 0.95 per step over 25 steps
@@ -30,7 +31,7 @@ def range_test(make_trainer: Callable[[], Trainer]) -> float:
     ProblemError
         ``DIVERGED`` when even the smallest rate leaves no finite loss.
     """
-    best_rate, best_loss = 0.0, inf
+    best_rate, best_loss, worse = 0.0, inf, 0
     for rate in CANDIDATES:
         trainer = make_trainer()
         optimizer = trainer.optimizer(rate)
@@ -46,7 +47,11 @@ def range_test(make_trainer: Callable[[], Trainer]) -> float:
                 raise
             continue
         if loss < best_loss:
-            best_rate, best_loss = rate, loss
+            best_rate, best_loss, worse = rate, loss, 0
+        elif isfinite(best_loss):
+            worse += 1
+        if worse == WORSE_MAX:
+            break
     if best_rate == 0.0:
         raise ProblemError(
             ErrorCode.DIVERGED,

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
-from math import exp, log
+from math import sqrt
 
 import torch
 from torch import Tensor
@@ -12,9 +12,13 @@ from worker.engine.csteps.additive import Projection, empty_factors, project
 from worker.engine.csteps.spectrum import energies_of
 from worker.engine.forms.low_rank import Factors
 from worker.engine.layer_rules import LayerProblem
+from worker.engine.selection.curves import curves_of, estimate_pressure
 
-BISECTIONS_FIRST = 24  # on the reference's spectrum: brackets λ over its whole range
-BISECTIONS_STEP = 8  # inside the loop, from the λ before
+NEARLY = 0.97  # of the limit: what is left is filled rank by rank
+STRIDE = 2.0  # between pressures while the limit is not bracketed
+TRIES_MAX = 12
+LOWERINGS_MAX = 4  # once W has emptied its tails, lower pressures find nothing more
+PROHIBITIVE = 1e30
 POLISH_SWEEPS = 3
 
 
@@ -97,31 +101,48 @@ def pressure_for(
     start: float | None = None,
     warm: Sequence[Sequence[Factors]] | None = None,
 ) -> tuple[float, list[Projection]]:
-    """Find the smallest pressure, to a bisection's precision, whose ranks meet the limit.
+    """Find a pressure whose ranks meet the limit and use nearly all of it.
 
     The curve pressure ↦ size needs no training: ranks are thresholds on σ²/α. Returned is the feasible side, so the
-    size never exceeds the limit.
+    size never exceeds the limit; what it leaves is for `fill`.
+
+    Parameters
+    ----------
+    network : Network
+        The problems.
+    weights : sequence of Tensor
+        W (or W − β/μ) of each problem.
+    limit : int
+        Size that must not be exceeded; at least the network's least size.
+    start : float, optional
+        A pressure to start from; without it, that of the single best terms.
+    warm : sequence, optional
+        Θ of the step before.
     """
-    high = start if start is not None else _highest_pressure(network, weights)
-    made = project_all(network, weights, high, warm, None)
-    low: float | None = None
-    while network.size(made) > limit:
-        low, high = high, high * 4
-        made = project_all(network, weights, high, warm, None)
-        if high > 4 * _highest_pressure(network, weights):
-            break
-    if low is None:
-        low = high / 4
-        while network.size(at_low := project_all(network, weights, low, warm, None)) <= limit and low > high * 1e-12:
-            high, made, low = low, at_low, low / 4
-    for _ in range(BISECTIONS_FIRST if start is None else BISECTIONS_STEP):
-        middle = exp(0.5 * (log(low) + log(high)))
-        tried = project_all(network, weights, middle, warm, None)
-        if network.size(tried) <= limit:
-            high, made = middle, tried
+    if start is None:
+        start = estimate_pressure(curves_of(network.problems, weights), network.rest, limit)
+    pressure, factor = start, STRIDE
+    feasible: tuple[float, list[Projection]] | None = None
+    infeasible: float | None = None
+    for tries in range(TRIES_MAX):
+        made = project_all(network, weights, pressure, warm, None)
+        size = network.size(made)
+        if size <= limit:
+            if feasible is None or size >= network.size(feasible[1]):
+                feasible = (pressure, made)
+            if size >= NEARLY * limit or (infeasible is None and tries >= LOWERINGS_MAX):
+                break
         else:
-            low = middle
-    return high, made
+            infeasible = pressure
+        if feasible is None:
+            pressure, factor = pressure * factor, factor * STRIDE
+        elif infeasible is None:
+            pressure /= STRIDE
+        else:
+            pressure = sqrt(feasible[0] * infeasible)
+    if feasible is None:  # at a prohibitive pressure only the least ranks are left
+        feasible = (PROHIBITIVE, project_all(network, weights, PROHIBITIVE, None, None))
+    return feasible
 
 
 def fill(
@@ -202,13 +223,3 @@ def _entry(
     choice = network.problems[index].choices[place]
     gain = float(spectra[index, place][taken]) / max(choice.price, 1e-300)
     return (-gain, index, place, taken)
-
-
-def _highest_pressure(network: Network, weights: Sequence[Tensor]) -> float:
-    """Pressure at which no rank of any layer is worth its price."""
-    highest = 1e-30
-    for problem, weight in zip(network.problems, weights, strict=True):
-        norm = float(weight.detach().to(torch.float64).square().sum())
-        prices = [choice.price for choice in problem.choices if choice.price > 0]
-        highest = max([highest, *(2 * norm / price for price in prices)])
-    return highest
