@@ -178,13 +178,12 @@ def fail(text: str) -> int:
 
 
 def say_how_to_go_on() -> None:
-    say("How to go on:")
-    print(
-        f"   {RANKPRESS.parent}/rankpress serve --data {SERVICE_DIR}     # the service again, on port 8080; in another"
-    )
-    print("                                                         # terminal:")
-    print(f"   {RANKPRESS.parent}/rankpress jobs")
-    print(f"   {RANKPRESS.parent}/rankpress compress YOUR_MODEL.pt --data YOUR_DATA.npz --max-macs-fraction 0.5")
+    rankpress = os.path.relpath(RANKPRESS)
+    say("How to go on: start the service again, and leave it running")
+    print(f"   {rankpress} serve --data {SERVICE_DIR}")
+    say("then, in another terminal, look at the job of this demo or compress a network of your own")
+    print(f"   {rankpress} jobs")
+    print(f"   {rankpress} compress YOUR_MODEL.pt --data YOUR_DATA.npz --max-macs-fraction 0.5")
 
 
 if __name__ == "__main__":

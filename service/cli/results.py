@@ -7,7 +7,6 @@ from service.contract.plan import Form, LayerPlan, RankRow
 from service.contract.report import Measured, PairedDifference, Report
 
 _SHARES = frozenset({"accuracy", "agreement"})
-_ERROR_DIGITS = 3
 
 
 def report_text(report: Report) -> str:
@@ -87,7 +86,7 @@ def layer_table(layers: Sequence[LayerPlan]) -> str:
             ranks_text(layer),
             count(layer.macs),
             count(layer.compressed_macs),
-            f"{layer.relative_error:.{_ERROR_DIGITS}f}" if layer.form is not Form.DENSE else "–",
+            f"{layer.relative_error:.2g}" if layer.form is not Form.DENSE else "–",
             layer.reason.value if layer.reason else "",
         )
         for layer in layers
@@ -117,7 +116,7 @@ def history_table(rows: Sequence[RankRow]) -> str:
             "–" if row.rank is None else str(row.rank),
             count(row.params),
             count(row.macs),
-            f"{row.relative_error:.{_ERROR_DIGITS}f}",
+            f"{row.relative_error:.2g}",
             "chosen" if row.chosen else "",
         )
         for row in rows
