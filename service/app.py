@@ -14,6 +14,7 @@ from service.api import artifacts, capabilities, datasets, docs, health, jobs, m
 from service.api.deps import require_key
 from service.api.edge import Edge
 from service.api.limits import Linger, SmallBodies
+from service.contract.schemas import spec_components
 from service.jobs import idempotency
 from service.services import Services
 
@@ -39,9 +40,21 @@ class Component(Protocol):
         """End; returns once it has ended."""
 
 
+class _Application(FastAPI):
+    """FastAPI, whose OpenAPI document has the parts of the job spec among its components."""
+
+    def openapi(self) -> dict[str, Any]:
+        """Build the document once."""
+        if self.openapi_schema is None:
+            document = super().openapi()
+            schemas = document.setdefault("components", {}).setdefault("schemas", {})
+            document["components"]["schemas"] = dict(sorted((spec_components() | schemas).items()))
+        return super().openapi()
+
+
 def create_app(services: Services, *, components: Sequence[Component] = ()) -> FastAPI:
     """Build the application; `components` start with it, in their order, and stop with it in the reverse order."""
-    app = _with_routes(FastAPI(lifespan=_lifespan_of(services, components), **_ABOUT))
+    app = _with_routes(_Application(lifespan=_lifespan_of(services, components), **_ABOUT))
     app.state.services = services
     # The last one added is the outermost.
     app.add_middleware(SmallBodies, max_bytes=services.settings.max_body_bytes, upload_paths=UPLOAD_PATHS)
@@ -52,7 +65,7 @@ def create_app(services: Services, *, components: Sequence[Component] = ()) -> F
 
 def document() -> dict[str, Any]:
     """The OpenAPI document, without any service behind it."""
-    return _with_routes(FastAPI(**_ABOUT)).openapi()
+    return _with_routes(_Application(**_ABOUT)).openapi()
 
 
 def _with_routes(app: FastAPI) -> FastAPI:

@@ -9,8 +9,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from service.api.problems import respond
 from service.contract.errors import ErrorCode, ProblemError
 
-LINGER_SECONDS = 2.0  # how long a refused sender is listened to, so that it reads the answer and not a reset
-LINGER_BYTES = 64 * 1024 * 1024
+LINGER_SECONDS = 3.0  # how long a refused sender is listened to, so that it reads the answer and not a reset
+LINGER_BYTES = 1024**3
 
 
 def too_large(limit_bytes: int, what: str) -> ProblemError:

@@ -9,6 +9,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.routing import Match, Mount
 
 from service.contract.errors import ErrorCode, FieldError, Problem, ProblemError
 
@@ -16,6 +17,7 @@ MEDIA_TYPE = "application/problem+json"
 RETRY_AFTER_SECONDS = 2  # what a client is told to wait when something behind the service is away
 
 _log = structlog.get_logger("rankpress.http")
+_METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
 _CODE_OF_STATUS = {
     401: ErrorCode.UNAUTHENTICATED,
     404: ErrorCode.NOT_FOUND,
@@ -108,11 +110,22 @@ async def _on_http(request: Request, error: Exception) -> Response:
     if code is ErrorCode.NOT_FOUND:
         detail = f"there is nothing at {request.url.path}; /docs lists every path"
     elif code is ErrorCode.METHOD_NOT_ALLOWED:
-        allowed = headers.get("Allow") or headers.get("allow") or "other methods"
-        detail = f"{request.url.path} answers {allowed}; found {request.method}"
+        headers = {"allow": _allowed_methods(request)}
+        detail = f"{request.url.path} answers {headers['allow']}; found {request.method}"
     else:
         detail = str(error.detail)
     return respond(ProblemError(code, detail), request_id_of(request), headers)
+
+
+def _allowed_methods(request: Request) -> str:
+    """Every method that the path answers, over all of its routes; the router itself names those of the first one."""
+    routes = [route for route in request.app.routes if not isinstance(route, Mount)]
+    found = [
+        method
+        for method in _METHODS
+        if any(route.matches({**request.scope, "method": method})[0] is Match.FULL for route in routes)
+    ]
+    return ", ".join(found or ["GET", "HEAD"])  # what no route knows are the static files
 
 
 async def _on_unavailable(request: Request, error: Exception) -> Response:

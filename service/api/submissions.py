@@ -16,7 +16,6 @@ from service.api.strict_json import load_json
 from service.api.uploads import body_chunks
 from service.contract.errors import ErrorCode, FieldError, ProblemError
 from service.contract.resources import JobResource, SubmissionCheck
-from service.contract.schemas import spec_schema
 from service.contract.strict import StrictModel
 from service.jobs import idempotency
 from service.jobs.submit import Submission, check_submission, submit
@@ -35,6 +34,11 @@ class JobRequest(StrictModel):
     name: str | None = None
 
 
+def _json_schema() -> dict[str, Any]:
+    schema = JobRequest.model_json_schema()
+    return {**schema, "properties": {**schema["properties"], "spec": {"$ref": "#/components/schemas/JobSpec"}}}
+
+
 _PARTS_SCHEMA = {
     "type": "object",
     "required": ["spec"],
@@ -43,7 +47,7 @@ _PARTS_SCHEMA = {
         "model_id": {"type": "string", "description": "In place of model: an uploaded one."},
         "data": {"type": "string", "format": "binary", "description": "A .npz or .safetensors file."},
         "dataset_id": {"type": "string", "description": "In place of data: an uploaded one."},
-        "spec": {"description": "The job spec as JSON, as a text field or a file.", **spec_schema()},
+        "spec": {"$ref": "#/components/schemas/JobSpec"},
         "name": {"type": "string"},
     },
 }
@@ -51,8 +55,9 @@ SUBMIT_BODY: dict[str, Any] = {
     "requestBody": {
         "required": True,
         "content": {
-            "multipart/form-data": {"schema": _PARTS_SCHEMA},
-            "application/json": {"schema": JobRequest.model_json_schema()},
+            # The spec's part may be a text field or a file; a part's own content type is not looked at.
+            "multipart/form-data": {"schema": _PARTS_SCHEMA, "encoding": {"spec": {"contentType": "application/json"}}},
+            "application/json": {"schema": _json_schema()},
         },
     }
 }

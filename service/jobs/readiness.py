@@ -4,6 +4,7 @@ from service.contract.resources import Health
 from service.services import Services
 from service.store.migration import schema_at_head
 
+_WRONG_SCHEMA = "is not the one of this version: run `rankpress migrate`"
 READY, DEGRADED, UNAVAILABLE = "ready", "degraded", "unavailable"
 
 
@@ -15,7 +16,7 @@ def check_readiness(services: Services) -> Health:
     broker = services.bell.queue_depth(services.settings.queue) is not None
     checks = {
         "database": _said(well=database, else_="does not answer"),
-        "schema": _said(well=schema, else_="is not the one of this version: run `rankpress migrate`"),
+        "schema": _said(well=schema, else_=_WRONG_SCHEMA if database else "cannot be known without the database"),
         "blobs": _said(well=blobs, else_="cannot be written"),
         "broker": _said(well=broker, else_="does not answer: jobs are accepted and wait for the next sweep"),
     }

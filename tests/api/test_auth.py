@@ -27,7 +27,7 @@ OPEN = ["/v1/health/live", "/v1/health/ready", "/openapi.json", "/docs", "/stati
 @pytest.mark.parametrize(("method", "path"), PROTECTED)
 def test_without_the_key_nothing_is_answered(api: Api, method: str, path: str) -> None:
     for header in WRONG:
-        request = api.client.build_request(method, path, headers={"Authorization": (header or "").encode("latin-1")})
+        request = api.client.build_request(method, path, headers={b"Authorization": (header or "").encode("latin-1")})
         if header is None:
             del request.headers["authorization"]
         answer = api.client.send(request)

@@ -18,7 +18,7 @@ def test_request_id_of_the_client_is_kept(api: Api) -> None:
 
 @pytest.mark.parametrize("sent", ["", "a b", "x" * 65, "é", "a\tb", "<script>"])
 def test_request_id_that_cannot_be_kept_is_replaced(api: Api, sent: str) -> None:
-    answer = api.client.get("/v1/health/live", headers={"X-Request-Id": sent.encode()})
+    answer = api.client.get("/v1/health/live", headers={b"X-Request-Id": sent.encode()})
     assert answer.headers["x-request-id"].startswith("req_")
 
 
@@ -32,13 +32,20 @@ def test_security_headers(api: Api, path: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "path"),
-    [("DELETE", "/v1/jobs"), ("PUT", "/v1/models"), ("GET", "/v1/jobs/job_x/cancel"), ("POST", "/v1/capabilities")],
+    ("method", "path", "allowed"),
+    [
+        ("DELETE", "/v1/jobs", "GET, POST"),
+        ("PUT", "/v1/models", "GET, POST"),
+        ("GET", "/v1/jobs/job_x/cancel", "POST"),
+        ("POST", "/v1/capabilities", "GET"),
+        ("POST", "/v1/artifacts/art_x/content", "GET, HEAD"),
+        ("POST", "/static/docs.js", "GET, HEAD"),
+    ],
 )
-def test_methods(api: Api, method: str, path: str) -> None:
+def test_methods(api: Api, method: str, path: str, allowed: str) -> None:
     answer = api.client.request(method, path)
     assert_problem(answer, 405, "METHOD_NOT_ALLOWED")
-    assert answer.headers["allow"]
+    assert answer.headers["allow"] == allowed
 
 
 @pytest.mark.parametrize("path", ["/", "/v2/jobs", "/v1", "/v1/jobs/a/b/c/d", "/%00", "/v1/artifacts/x", "/models"])

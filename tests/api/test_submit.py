@@ -186,7 +186,11 @@ def test_failing_commit_accepts_nothing(api: Api, monkeypatch: pytest.MonkeyPatc
     def watch(connection: sqlite3.Connection, *_: object) -> None:
         connection.set_authorizer(authorize)
 
-    monkeypatch.setattr("service.jobs.submit.complete", lambda *_: armed.append(True) or True)
+    def arm(*_: object) -> bool:
+        armed.append(True)
+        return True
+
+    monkeypatch.setattr("service.jobs.submit.complete", arm)
     answer = api.submit(headers={"Idempotency-Key": "k"})
     assert answer.status_code >= 500
     assert answer.headers["content-type"] == "application/problem+json"
@@ -235,7 +239,10 @@ def test_full_disk(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_dry_run_checks_and_starts_nothing(api: Api) -> None:
-    body = {"files": {"model": archives.torchscript(), "data": archives.npz()}, "data": {"spec": json.dumps(SPEC)}}
+    body: dict[str, Any] = {
+        "files": {"model": archives.torchscript(), "data": archives.npz()},
+        "data": {"spec": json.dumps(SPEC)},
+    }
     answer = api.client.post("/v1/jobs?dry_run=true", **body)
     assert answer.status_code == 200
     assert answer.json()["spec"]["cost"] == "macs"
