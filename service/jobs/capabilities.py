@@ -21,7 +21,7 @@ def read_capabilities(services: Services) -> Capabilities:
     settings = services.settings
     with services.database.read() as session:
         known = workers.list_workers(session)
-    devices = {name for worker in known for name in worker.devices} | {"cpu"}
+    devices = {kind for worker in known for kind, present in worker.devices.items() if present} | {"cpu"}
     return Capabilities(
         version=version("rankpress"),
         methods=_registered(METHODS),

@@ -5,8 +5,10 @@ import subprocess
 import sys
 
 from service.contract.errors import ErrorCode
+from service.contract.ids import WORKER, new_id
 from service.contract.plan import REASON_MEANINGS, ReasonCode
 from service.openapi import main, pages
+from service.store.workers import register_worker
 from tests.api.conftest import Api
 
 
@@ -22,6 +24,17 @@ def test_capabilities(api: Api) -> None:
     assert set(found["error_codes"]) == set(ErrorCode)
     assert found["limits"]["max_model_bytes"] == 1024 * 1024
     assert found["spec_schema"] == api.client.get("/v1/schemas/job").json()
+
+
+def test_devices_are_those_that_workers_have(api: Api) -> None:
+    def register(devices: dict[str, list[int]]) -> list[str]:
+        with api.services.database.write() as session:
+            register_worker(session, new_id(WORKER), host="h", pid=1, queue="q", slots=1, devices=devices)
+        found: list[str] = api.client.get("/v1/capabilities").json()["devices"]
+        return found
+
+    assert register({"cuda": []}) == ["cpu"]
+    assert register({"cuda": [0]}) == ["cpu", "cuda"]
 
 
 def test_spec_schema_speaks_as_users_write(api: Api) -> None:
