@@ -1,5 +1,7 @@
 """The layer plan: for each layer of the model what it became, or why it was left dense."""
 
+from collections import defaultdict
+from collections.abc import Sequence
 from enum import StrEnum
 
 from pydantic import BaseModel, ConfigDict
@@ -128,3 +130,61 @@ class LayerPlan(LayerFacts):
     compressed_macs: int | None = None
     terms: list[TermPlan] = []
     step: int | None = None
+
+
+def make_plan(facts: Sequence[LayerFacts], rows: Sequence[RankRow]) -> list[LayerPlan]:
+    """Say what each layer became: by its chosen rows if they are there, else by its latest step."""
+    by_layer: dict[str, list[RankRow]] = defaultdict(list)
+    for row in rows:
+        by_layer[row.layer].append(row)
+    return [_plan(each, _standing(by_layer[each.name])) for each in facts]
+
+
+def _standing(rows: list[RankRow]) -> list[RankRow]:
+    candidates = [row for row in rows if row.chosen] or rows
+    latest = max((row.step for row in candidates), default=0)
+    return [row for row in candidates if row.step == latest]
+
+
+def _plan(facts: LayerFacts, rows: list[RankRow]) -> LayerPlan:
+    kept = [row for row in rows if row.form is not Form.DENSE and (row.rank or 0) > 0]
+    form = Form.SUM if len(kept) > 1 else kept[0].form if kept else Form.DENSE
+    reason = _reason(rows, kept)
+    return LayerPlan(
+        **facts.model_dump(),
+        form=form,
+        reason=reason,
+        message=None if reason is None else REASON_MEANINGS[reason],
+        relative_error=max((row.relative_error for row in rows), default=0.0),
+        compressed_params=sum(row.params for row in rows) if rows else facts.params,
+        compressed_macs=_compressed_macs(facts, rows),
+        terms=[_term(row) for row in rows if row.form is not Form.DENSE],
+        step=rows[0].step if rows else None,
+    )
+
+
+def _reason(rows: list[RankRow], kept: list[RankRow]) -> ReasonCode | None:
+    """A dense layer's reason is its dense row's, else its first term's; a compressed one's is what all kept share."""
+    if kept:
+        reasons = {row.reason for row in kept}
+        return reasons.pop() if len(reasons) == 1 else None
+    dense = [row.reason for row in rows if row.form is Form.DENSE]
+    return next((reason for reason in [*dense, *(row.reason for row in rows)] if reason is not None), None)
+
+
+def _compressed_macs(facts: LayerFacts, rows: list[RankRow]) -> int | None:
+    if facts.macs is None or not rows:
+        return facts.macs
+    return sum(row.macs for row in rows)
+
+
+def _term(row: RankRow) -> TermPlan:
+    return TermPlan(
+        term=row.term,
+        form=row.form,
+        rank=row.rank,
+        params=row.params,
+        macs=row.macs,
+        reason=row.reason,
+        macs_stay=row.form is Form.COMPOSED,
+    )

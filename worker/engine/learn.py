@@ -31,6 +31,7 @@ from worker.engine.network.load import load_model
 from worker.engine.network.operators import reject_unsafe_operators
 from worker.engine.objective import Objective, resolve_loss
 from worker.engine.observer import Observer, Saved
+from worker.engine.rank_rows import final_rows
 from worker.engine.selection.steering import Network
 from worker.engine.teacher import Teacher
 
@@ -216,6 +217,7 @@ def _leave(sources: Sources, context: Context, outcome: Outcome, examples: Seque
     save_file(compared, sources.work_dir / EXPECTED)
     save_file(dict(outcome.state), sources.work_dir / FINAL_STATE)
     budget = context.spec.budget
+    chosen = final_rows(outcome.step, context.decisions, outcome.norms, outcome.projections)
     plan = {
         "recipe": outcome.recipe,
         "notes": outcome.notes,
@@ -223,6 +225,8 @@ def _leave(sources: Sources, context: Context, outcome: Outcome, examples: Seque
         "limit": context.limit,
         "metric": size_metric(context.spec),
         "has_budget": budget is not None,
+        "facts": [facts.model_dump(mode="json") for facts in context.decisions.facts],
+        "rows": [row.model_dump(mode="json") for row in chosen],
         "warnings": [warning.model_dump(mode="json") for warning in context.decisions.warnings],
         "device": context.device.type,
     }

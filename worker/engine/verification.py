@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from service.contract.errors import ErrorCode, ProblemError
+from service.contract.plan import LayerFacts, RankRow, make_plan
 from service.contract.report import (
     BudgetOutcome,
     Fidelity,
@@ -118,6 +119,10 @@ def verify(
         phases=phases(),
         warnings=warnings,
         training=plan["notes"],
+        layers=make_plan(
+            [LayerFacts.model_validate(each) for each in plan["facts"]],
+            [RankRow.model_validate(each) for each in plan["rows"]],
+        ),
     )
     (sources.work_dir / REPORT).write_text(report.model_dump_json(), encoding="utf-8")
     return report
