@@ -12,7 +12,12 @@ _MESSAGE_CHARACTERS_MAX = 1200
 
 
 def call(module: torch.jit.ScriptModule, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Run ``forward`` and flatten what it returns: a tensor, or tuples, lists and dicts of tensors.
+    """Run ``forward`` and flatten what it returns; see `call_nested`."""
+    return flatten(call_nested(module, inputs))
+
+
+def call_nested(module: torch.jit.ScriptModule, inputs: Sequence[Tensor]) -> Any:
+    """Run ``forward``; what it returns may be a tensor, or tuples, lists and dicts of tensors.
 
     Raises
     ------
@@ -21,14 +26,13 @@ def call(module: torch.jit.ScriptModule, inputs: Sequence[Tensor]) -> tuple[Tens
         Running out of memory is left as it is, for the caller to try a smaller batch.
     """
     try:
-        raw = module(*inputs)
+        return module(*inputs)
     except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AssertionError) as error:
         if out_of_memory(error):
             raise
         shapes = ", ".join(f"{tuple(x.shape)} {str(x.dtype).removeprefix('torch.')}" for x in inputs)
         message = str(error).strip()[-_MESSAGE_CHARACTERS_MAX:]
         raise ProblemError(ErrorCode.MODEL_RAISED, f"forward raised for inputs {shapes}: {message}") from None
-    return flatten(raw)
 
 
 def flatten(raw: Any) -> tuple[Tensor, ...]:
@@ -45,6 +49,14 @@ def flatten(raw: Any) -> tuple[Tensor, ...]:
         ErrorCode.MODEL_UNSUPPORTED,
         f"forward returned a {type(raw).__name__}; expected tensors, or tuples, lists or dicts of tensors",
     )
+
+
+def names_of(raw: Any, prefix: str = "") -> list[str]:
+    """Name the tensors of a nested output in the order of `flatten`: a dict's keys, a tuple's positions, dotted."""
+    if isinstance(raw, Tensor):
+        return [prefix]
+    items = raw.items() if isinstance(raw, dict) else enumerate(raw) if isinstance(raw, (tuple, list)) else ()
+    return [name for key, value in items for name in names_of(value, f"{prefix}.{key}" if prefix else str(key))]
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -21,7 +21,7 @@ from worker.engine.data import Dataset
 from worker.engine.data_files import open_arrays
 from worker.engine.device import choose_device
 from worker.engine.examples import example_inputs, suggestion
-from worker.engine.forward import call
+from worker.engine.forward import call, call_nested, flatten, names_of
 from worker.engine.layer_rules import Decisions, apply_rules, size_metric
 from worker.engine.methods.context import Context, Outcome
 from worker.engine.methods.registry import method_for
@@ -29,7 +29,7 @@ from worker.engine.network.costs import Census, take_census
 from worker.engine.network.layers import find_layers
 from worker.engine.network.load import load_model
 from worker.engine.network.operators import reject_unsafe_operators
-from worker.engine.objective import Objective, resolve_loss
+from worker.engine.objective import Objective, pair_targets, resolve_loss
 from worker.engine.observer import Observer, Saved
 from worker.engine.rank_rows import final_rows
 from worker.engine.selection.steering import Network
@@ -112,11 +112,17 @@ def open_dataset(sources: Sources, spec: JobSpec, reference: torch.jit.ScriptMod
 def make_objective(
     spec: JobSpec, dataset: Dataset | None, reference: torch.jit.ScriptModule, device: torch.device
 ) -> tuple[Objective, Teacher | None] | None:
-    """Objective and teacher of a job; None without data."""
+    """Make objective and teacher of a job, and hold the reference's outputs against the targets; None without data."""
     if dataset is None:
         return None
     loss = resolve_loss(spec.objective, dataset)
-    objective = Objective(spec.objective.model_copy(update={"loss": loss}))
+    resolved = spec.objective.model_copy(update={"loss": loss})
+    with torch.no_grad():
+        sample = dataset.rows("train", np.arange(min(2, dataset.size("train"))), device)
+        raw = call_nested(reference.eval(), sample.inputs)
+    prefix = spec.data.targets if isinstance(spec.data.targets, str) else ""
+    objective = Objective(resolved, pair_targets(dataset.target_names, prefix, names_of(raw)))
+    objective.check(flatten(raw), dataset)
     teacher = Teacher(reference, dataset, device) if objective.needs_teacher else None
     return objective, teacher
 
@@ -150,10 +156,6 @@ def _context(
             "stays dense. Raise the budget, or let more layers or other terms be compressed",
         )
     made = make_objective(spec, dataset, reference, device)
-    if dataset is not None and made is not None:
-        with torch.no_grad():
-            positions = np.arange(min(2, dataset.size("train")))
-            made[0].check(call(reference.eval(), dataset.rows("train", positions, device).inputs), dataset)
     context = Context(
         source=sources.model,
         spec=spec,

@@ -27,13 +27,16 @@ class Objective:
     ----------
     spec : ObjectiveSpec
         Weights and dimensions; `loss` resolved.
+    positions : sequence of int, optional
+        Which output each target array belongs to; by default the first outputs, in order.
     """
 
-    def __init__(self, spec: ObjectiveSpec) -> None:
+    def __init__(self, spec: ObjectiveSpec, positions: Sequence[int] | None = None) -> None:
         if spec.loss == "auto":
             raise ValueError("the loss must be resolved first")
         self.loss_name: Loss = spec.loss
         self.spec = spec
+        self._positions = positions
         self.needs_teacher = spec.distillation > 0 or spec.loss == "distillation"
         self.metric_name = {"cross_entropy": "accuracy", "mse": "mse", "distillation": "relative_output_error"}[
             self.loss_name
@@ -47,10 +50,11 @@ class Objective:
         weight = self.spec.distillation if teacher is not None else 0.0
         total = outputs[0].new_zeros(())
         for index, target in enumerate(targets):
+            place = self._place(index)
             if weight < 1:
-                total = total + (1 - weight) * self._task(outputs[index], target)
+                total = total + (1 - weight) * self._task(outputs[place], target)
             if weight > 0 and teacher is not None:
-                total = total + weight * self._distilled(outputs[index], teacher[index])
+                total = total + weight * self._distilled(outputs[place], teacher[place])
         return total
 
     def scores(
@@ -64,9 +68,9 @@ class Objective:
         losses, metrics = [], []
         for index, target in enumerate(targets):
             loss, metric = (
-                self._class_scores(outputs[index], target)
+                self._class_scores(outputs[self._place(index)], target)
                 if self.loss_name == "cross_entropy"
-                else _square_scores(outputs[index], target)
+                else _square_scores(outputs[self._place(index)], target)
             )
             losses.append(loss)
             metrics.append(metric)
@@ -91,7 +95,10 @@ class Objective:
             )
         for part in ("train", "select", "report"):
             for index, array in enumerate(dataset.part(part).targets):
-                self._check_target(dataset.target_names[index], outputs[index], array)
+                self._check_target(dataset.target_names[index], outputs[self._place(index)], array)
+
+    def _place(self, index: int) -> int:
+        return index if self._positions is None else self._positions[index]
 
     def _check_target(self, name: str, output: Tensor, array: np.ndarray) -> None:
         if self.loss_name == "mse":
@@ -166,6 +173,27 @@ def resolve_loss(spec: ObjectiveSpec, dataset: Dataset | None) -> Loss:
             ErrorCode.DATASET_INVALID, "objective.loss is cross_entropy but the targets are not whole numbers (classes)"
         )
     return spec.loss
+
+
+def pair_targets(target_names: Sequence[str], prefix: str, output_names: Sequence[str]) -> list[int] | None:
+    """Match arrays ``targets.NAME`` with the outputs of a dict or tuple; None where targets have no such names.
+
+    Raises
+    ------
+    ProblemError
+        ``INPUT_SHAPE_MISMATCH`` when a name is none of the outputs'.
+    """
+    suffixes = [name.removeprefix(f"{prefix}.") for name in target_names if name.startswith(f"{prefix}.")]
+    if not suffixes:
+        return None
+    unknown = [suffix for suffix in suffixes if suffix not in output_names]
+    if unknown:
+        raise ProblemError(
+            ErrorCode.INPUT_SHAPE_MISMATCH,
+            f"target arrays {', '.join(f'{prefix}.{name}' for name in unknown)} name no output of forward; its outputs "
+            f"are {', '.join(output_names) or 'one tensor'}",
+        )
+    return [list(output_names).index(suffix) for suffix in suffixes]
 
 
 def _relative_error(output: Tensor, reference: Tensor) -> Tensor:
