@@ -6,10 +6,16 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from click import Context
+from pydantic.fields import FieldInfo
+
 from service.app import document
+from service.cli.command import cli as command
 from service.contract.errors import ErrorCode, ProblemError, title_of
 from service.contract.plan import REASON_MEANINGS
+from service.settings import Settings
 
+HELP_WIDTH = 110
 DOCS = Path(__file__).parent.parent / "docs"
 
 
@@ -19,6 +25,8 @@ def pages() -> dict[str, str]:
         "openapi.json": json.dumps(document(), indent=2, ensure_ascii=False) + "\n",
         "problems.md": _problems_page(),
         "reasons.md": _reasons_page(),
+        "settings.md": _settings_page(),
+        "command.md": _command_page(),
     }
 
 
@@ -68,6 +76,49 @@ def _reasons_page() -> str:
         *(f"| `{code.value}` | {meaning} |" for code, meaning in REASON_MEANINGS.items()),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _settings_page() -> str:
+    lines = [
+        "# Settings",
+        "",
+        "Every setting is read from an environment variable when a process starts. Sizes are bytes, times seconds.",
+        "This page is generated: `python -m service.openapi`.",
+        "",
+        "| variable | default | meaning |",
+        "| --- | --- | --- |",
+        *(
+            f"| `RANKPRESS_{name.upper()}` | {_default(field)} | {field.description} |"
+            for name, field in Settings.model_fields.items()
+        ),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _default(field: FieldInfo) -> str:
+    if field.default_factory is not None:
+        return "the user's data directory"
+    return "" if field.default in {None, ""} else f"`{field.default}`"
+
+
+def _command_page() -> str:
+    top = Context(command, info_name="rankpress", max_content_width=HELP_WIDTH, terminal_width=HELP_WIDTH)
+    lines = [
+        "# The command",
+        "",
+        "Exit codes: 0 done, 1 failed or canceled, 2 wrong usage, 3 budget missed, 4 timeout, 5 service away.",
+        "This page is generated: `python -m service.openapi`.",
+    ]
+    for context in [top, *(_context(top, name) for name in command.list_commands(top))]:
+        lines += ["", f"## {context.command_path}", "", "```text", context.get_help(), "```"]
+    return "\n".join(lines) + "\n"
+
+
+def _context(parent: Context, name: str) -> Context:
+    found = command.get_command(parent, name)
+    if found is None:
+        raise LookupError(name)
+    return Context(found, info_name=name, parent=parent, max_content_width=HELP_WIDTH, terminal_width=HELP_WIDTH)
 
 
 if __name__ == "__main__":

@@ -35,64 +35,108 @@ def machine_memory_bytes() -> int:
 class Settings(BaseSettings):
     """One object holds every setting; it is passed on, never imported."""
 
-    model_config = SettingsConfigDict(env_prefix="RANKPRESS_", extra="ignore", frozen=True)
+    model_config = SettingsConfigDict(
+        env_prefix="RANKPRESS_", extra="ignore", frozen=True, use_attribute_docstrings=True
+    )
 
     # Where things are.
     data_dir: Path = Field(default_factory=default_data_dir)
-    database_url: str = ""  # empty: SQLite in data_dir
+    """Directory of the embedded service: database, blobs, key and scratch files."""
+    database_url: str = ""
+    """SQLAlchemy URL of the database; empty: SQLite in the data directory."""
     broker_url: str = EMBEDDED_BROKER
-    blob_url: str = ""  # empty: files in data_dir/blobs
+    """Celery's broker; the default is the embedded mode, one process."""
+    blob_url: str = ""
+    """Where files are kept; empty: `blobs` in the data directory."""
     queue: str = QUEUE
+    """Name of the queue that jobs are put into."""
 
     # The HTTP edge.
     host: str = "127.0.0.1"
+    """Address that `rankpress serve` listens on."""
     port: int = Field(default=8080, ge=0, le=65535)
+    """Port that `rankpress serve` listens on; 0 takes a free one."""
     api_key: SecretStr | None = None
-    owner: str = "default"  # whom the configured key belongs to
+    """The key that requests carry, at least 16 characters; without it one is made and kept in the data directory."""
+    owner: str = "default"
+    """Whom the configured key belongs to."""
 
     # Limits of what is taken in.
     max_model_bytes: PositiveInt = 4 * GIB
+    """Largest model file."""
     max_dataset_bytes: PositiveInt = 16 * GIB
+    """Largest dataset file."""
     max_spec_bytes: PositiveInt = MIB
-    max_body_bytes: PositiveInt = MIB  # of every route that takes no file
+    """Largest job spec."""
+    max_body_bytes: PositiveInt = MIB
+    """Largest body of every route that takes no file."""
     max_archive_entries: PositiveInt = 100_000
+    """Most members of a model's archive."""
     upload_idle_seconds: PositiveFloat = 60.0
+    """An upload that sends nothing for so long is ended."""
     upload_block_bytes: PositiveInt = 4 * MIB
+    """Size of the blocks in which an upload is hashed and written."""
     download_block_bytes: PositiveInt = MIB
+    """Size of the blocks in which a download is read."""
 
     # Leases (design section 4): heartbeat < self-fence < lease < reap.
     heartbeat_seconds: PositiveFloat = 2.0
+    """How often a running attempt renews its lease."""
     self_fence_seconds: PositiveFloat = 20.0
+    """Without a confirmed heartbeat for so long a worker kills its own child."""
     lease_seconds: PositiveFloat = 30.0
+    """How long a lease holds after a heartbeat."""
     reap_seconds: PositiveFloat = 40.0
+    """How long after the last heartbeat a job is taken from its worker."""
     reconcile_seconds: PositiveFloat = 5.0
+    """How often the reconciler looks for what is stuck."""
     worker_gone_seconds: PositiveFloat = 60.0
+    """A worker not seen for so long is shown as gone."""
     orphan_seconds: PositiveFloat = 24 * 3600.0
-    idempotency_in_flight_seconds: PositiveFloat = 3600.0  # after that an unfinished key is free again
+    """Age at which files that no row names are deleted."""
+    idempotency_in_flight_seconds: PositiveFloat = 3600.0
+    """After so long an unfinished idempotency key is free again."""
     idempotency_keep_seconds: PositiveFloat = 7 * 24 * 3600.0
+    """How long a finished idempotency key is remembered."""
 
     # Attempts.
     max_attempts: PositiveInt = 3
+    """Tries without a new checkpoint before a job fails as WORKER_LOST."""
     retry_base_seconds: float = Field(default=2.0, ge=0)
+    """Wait before the second try; it grows fourfold with each further one."""
     retry_cap_seconds: float = Field(default=600.0, ge=0)
+    """Longest wait before a try."""
     cancel_grace_seconds: PositiveFloat = 5.0
+    """How long a canceled child may take to end before it is killed."""
     drain_grace_seconds: PositiveFloat = 25.0
+    """How long children may take when their worker is asked to stop."""
 
     # What a child may use.
     run_seconds_max: PositiveFloat = 7 * 24 * 3600.0
+    """Longest run of a job whose spec sets no `deadlines.run_seconds`."""
     first_forward_seconds: PositiveFloat = 60.0
-    slots: PositiveInt = 1  # children at once on this machine
-    threads: PositiveInt | None = None  # per child; None: cores // slots
-    child_memory_bytes: PositiveInt | None = None  # per child; None: a share of the machine's memory
+    """Longest first forward pass of a model whose spec sets none."""
+    slots: PositiveInt = 1
+    """Jobs that run at once on this machine."""
+    threads: PositiveInt | None = None
+    """Threads of each job; empty: cores divided by slots."""
+    child_memory_bytes: PositiveInt | None = None
+    """Memory of each job; empty: 80 % of the machine's, divided by slots."""
     checkpoint_seconds: PositiveFloat = 30.0
+    """Least time between two checkpoints of a job; checkpoints are made between steps."""
 
     # Pages.
     page_size: PositiveInt = 50
+    """Items of a page where a request says none."""
     max_page_size: PositiveInt = 200
+    """Most items of a page."""
     event_page_size: PositiveInt = 200
+    """Events of a page where a request says none."""
     max_event_page_size: PositiveInt = 1000
+    """Most events of a page."""
 
     log_level: str = "INFO"
+    """Least level of log lines."""
 
     @field_validator("api_key", mode="before")
     @classmethod
