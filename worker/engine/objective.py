@@ -1,6 +1,8 @@
 """What training minimises: the task's loss, distillation from the reference's outputs, or both."""
 
 from collections.abc import Sequence
+from functools import reduce
+from operator import add
 from typing import Literal
 
 import numpy as np
@@ -48,14 +50,14 @@ class Objective:
             assert teacher is not None  # noqa: S101  needs_teacher says so
             return torch.stack([_relative_error(y, t).mean() for y, t in zip(outputs, teacher, strict=True)]).sum()
         weight = self.spec.distillation if teacher is not None else 0.0
-        total = outputs[0].new_zeros(())
+        parts: list[Tensor] = []
         for index, target in enumerate(targets):
             place = self._place(index)
             if weight < 1:
-                total = total + (1 - weight) * self._task(outputs[place], target)
+                parts.append((1 - weight) * self._task(outputs[place], target))
             if weight > 0 and teacher is not None:
-                total = total + weight * self._distilled(outputs[place], teacher[place])
-        return total
+                parts.append(weight * self._distilled(outputs[place], teacher[place]))
+        return reduce(add, parts)
 
     def scores(
         self, outputs: Sequence[Tensor], targets: Sequence[Tensor], teacher: Sequence[Tensor] | None
@@ -137,8 +139,8 @@ class Objective:
         axis = self.spec.class_dim
         student = functional.log_softmax(output / temperature, dim=axis)
         wanted = functional.log_softmax(teacher / temperature, dim=axis)
-        divergence = functional.kl_div(student, wanted, reduction="none", log_target=True).sum(dim=axis)
-        return temperature**2 * divergence.mean()
+        divergence = functional.kl_div(student, wanted, reduction="sum", log_target=True)
+        return divergence * (temperature**2 * output.shape[axis] / output.numel())
 
     def _class_scores(self, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         logits = output.movedim(self.spec.class_dim, 1)

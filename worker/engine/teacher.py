@@ -39,7 +39,7 @@ class Teacher:
             with torch.no_grad():
                 return call(self.module, batch.inputs)
         index = torch.from_numpy(np.ascontiguousarray(positions)).to(self.device)
-        return tuple(output[index] for output in cached)
+        return tuple(output.index_select(0, index) for output in cached)
 
     def _compute(self, part: PartName, batch: Batch) -> tuple[Tensor, ...] | None:
         with torch.no_grad():

@@ -37,14 +37,20 @@ class Penalty:
     mu: float
 
     def add_gradient(self) -> None:
-        """Add μ(W − A) to the gradients in place."""
+        """Add μ(W − A) to the gradients in place.
+
+        As +μW and −μA: without a temporary of the weights' size. What that rounds off is below eps·μ‖W‖, which at a
+        learning rate of at most 1/μ is less than the update itself rounds off.
+        """
         if not self.weights:
             return
-        differences = torch._foreach_sub(list(self.weights), list(self.anchors))
-        gradients = [torch.zeros_like(w) if w.grad is None else w.grad for w in self.weights]
-        torch._foreach_add_(gradients, differences, alpha=self.mu)
-        for weight, gradient in zip(self.weights, gradients, strict=True):
-            weight.grad = gradient
+        with torch.no_grad():
+            for weight in self.weights:
+                if weight.grad is None:
+                    weight.grad = torch.zeros_like(weight)
+            gradients = [weight.grad for weight in self.weights]
+            torch._foreach_add_(gradients, list(self.weights), alpha=self.mu)
+            torch._foreach_sub_(gradients, list(self.anchors), alpha=self.mu)
 
     def value(self) -> float:
         """(μ/2) Σ ‖W − A‖²."""
@@ -160,18 +166,24 @@ class Trainer:
         return loss
 
     def _accumulate(self, batch: Batch, positions: np.ndarray) -> Tensor:
-        total = torch.zeros((), device=self.device)
         size = self.micro_batch_size
+        if len(batch) <= size:
+            return self._backward(batch, positions, share=1.0)
+        total = torch.zeros((), device=self.device)
         for number, piece in enumerate(batch.pieces(size)):
-            wanted = None
-            if self.teacher is not None:
-                wanted = self.teacher.outputs("train", positions[number * size : number * size + size], piece)
-            loss = self.objective.loss(call(self.module, piece.inputs), piece.targets, wanted)
-            share = len(piece) / len(batch)
-            if loss.requires_grad:
-                torch.autograd.backward([loss * share])
-            total += loss.detach() * share
+            places = positions[number * size : number * size + size]
+            total += self._backward(piece, places, share=len(piece) / len(batch))
         return total
+
+    def _backward(self, piece: Batch, positions: np.ndarray, share: float) -> Tensor:
+        """Add the gradient of a piece's share of the loss; returns that share."""
+        wanted = self.teacher.outputs("train", positions, piece) if self.teacher is not None else None
+        loss = self.objective.loss(call(self.module, piece.inputs), piece.targets, wanted)
+        if share < 1:
+            loss = loss * share
+        if loss.requires_grad:
+            torch.autograd.backward([loss])
+        return loss.detach()
 
     def _halve(self, error: BaseException) -> None:
         if self.micro_batch_size <= max(self.batch_size // 2**HALVINGS_MAX, 1):
