@@ -70,8 +70,8 @@ class LayerProblem:
         return all(choice.rank_low == choice.rank_high for choice in self.choices)
 
     @property
-    def least_size(self) -> int:
-        """Size at the lowest ranks that the rule allows, or of the dense layer if that is less."""
+    def least_ranks(self) -> list[int]:
+        """Ranks of least size that the rule allows."""
         ranks = [choice.rank_low for choice in self.choices]
         missing = self.rank_total_low - sum(ranks)
         per_rank = [(term_size(c.term, 1, self.metric), place) for place, c in enumerate(self.choices)]
@@ -79,7 +79,12 @@ class LayerProblem:
             room = max(min(missing, self.choices[place].rank_high - ranks[place]), 0)
             ranks[place] += room
             missing -= room
-        return min(self.size(ranks), self.dense_size)
+        return ranks
+
+    @property
+    def least_size(self) -> int:
+        """Size at the lowest ranks that the rule allows, or of the dense layer if that is less."""
+        return min(self.size(self.least_ranks), self.dense_size)
 
 
 @dataclass
@@ -160,6 +165,9 @@ def _apply(layer: Layer, rule: LayerRule, weights: CostWeights, metric: Metric, 
         else:
             dropped.append(DroppedTerm(index, made[0], made[1]))
     decisions.dropped[layer.name] = tuple(dropped)
+    if chosen and all(choice.rank_high == 0 for _, choice in chosen):
+        decisions.dense[layer.name] = ReasonCode.KEPT_BY_RULE  # max_rank 0 throughout: no term may take part
+        return
     if not chosen:
         reasons = {drop.reason for drop in dropped}
         above = ReasonCode.RANK_ABOVE_BREAK_EVEN
@@ -217,7 +225,7 @@ def _choice(
     if highest < 1:
         return term.form, ReasonCode.NOT_CHEAPER
     low = min(spec.min_rank or 0, high)
-    return TermChoice(term, price, low, high)
+    return TermChoice(term, price, low, high, term.rank_max if asked is None else min(term.rank_max, asked))
 
 
 def _price(macs: int, params: int, weights: CostWeights, rule: LayerRule) -> float:

@@ -30,16 +30,23 @@ class TermChoice:
         α, the cost C of one more rank.
     rank_low, rank_high : int
         Bounds of the rank; equal where the rank is fixed.
+    rank_high_asked : int, optional
+        The upper bound of the spec alone, where `rank_high` is lower because more would cost as much as dense.
     """
 
     term: LowRankTerm
     price: float
     rank_low: int
     rank_high: int
+    rank_high_asked: int | None = None
 
     def at_rank(self, rank: int) -> "TermChoice":
         """Return the same term with its rank fixed."""
         return replace(self, rank_low=rank, rank_high=rank)
+
+    def past_break_even(self) -> "TermChoice":
+        """Return the same term bounded by the spec alone, as the published pseudocode has it."""
+        return self if self.rank_high_asked is None else replace(self, rank_high=self.rank_high_asked)
 
 
 @dataclass(frozen=True)

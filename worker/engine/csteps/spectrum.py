@@ -13,6 +13,8 @@ from torch import Tensor
 
 from worker.engine.forms.low_rank import Factors
 
+_SMALLEST = torch.finfo(torch.float32).tiny
+
 
 @dataclass(frozen=True)
 class Spectrum:
@@ -35,7 +37,9 @@ class Spectrum:
     def factors(self, rank: int) -> Factors:
         """Best rank-r approximation (Eckart–Young), both factors carrying √σ."""
         vectors = self.vectors[:, :rank]
-        roots = self.energies[:rank].clamp_min(torch.finfo(torch.float64).tiny).sqrt().sqrt()
+        # Below this an energy is rounding; dividing by its root would overflow in the factors' own float32.
+        floor = torch.finfo(torch.float64).eps ** 2 * float(self.energies[:1].sum())
+        roots = self.energies[:rank].clamp_min(max(floor, _SMALLEST)).sqrt().sqrt()
         if self.matrix.shape[0] <= self.matrix.shape[1]:
             return Factors(vectors * roots, (vectors.T @ self.matrix) / roots[:, None])
         return Factors((self.matrix @ vectors) / roots, (vectors * roots).T)
@@ -74,7 +78,7 @@ def energies_of(matrix: Tensor) -> Tensor:
         on_device: Tensor = torch.linalg.eigvalsh(gram)
         return on_device.flip(0).clamp_min(0.0)
     values = scipy.linalg.eigh(gram.numpy(), eigvals_only=True, driver="evr", check_finite=False)
-    energies: Tensor = torch.from_numpy(np.ascontiguousarray(values[::-1]))
+    energies: Tensor = torch.from_numpy(values[::-1].copy())
     return energies.clamp_min(0.0)
 
 

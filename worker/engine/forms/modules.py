@@ -70,11 +70,12 @@ class ContractedLinear(nn.Module):
         lead = list(x.shape[:-1])
         rows = x.reshape([-1] + self.in_view).permute([0] + [axis + 1 for axis in self.in_permute])
         batch = rows.size(0)
-        hidden = self.right(rows.reshape(batch, self.kept, -1))  # (B, i_r, o_c·rank)
-        hidden = hidden.reshape(batch, self.kept, -1, self.rank).permute(0, 2, 1, 3)  # (B, o_c, i_r, rank)
-        y: Tensor = self.left(hidden.reshape(batch, -1, self.kept * self.rank))  # (B, o_c, o_r)
-        y = y.reshape([-1] + self.out_view).permute([0] + [axis + 1 for axis in self.out_permute])
-        y = y.reshape(lead + [-1])
+        outer = self.right.weight.size(0) // self.rank  # sizes are written out: an empty batch has none to infer
+        hidden = self.right(rows.reshape(batch, self.kept, self.right.weight.size(1)))  # (B, i_r, o_c·rank)
+        hidden = hidden.reshape(batch, self.kept, outer, self.rank).permute(0, 2, 1, 3)  # (B, o_c, i_r, rank)
+        y: Tensor = self.left(hidden.reshape(batch, outer, self.kept * self.rank))  # (B, o_c, o_r)
+        y = y.reshape([batch] + self.out_view).permute([0] + [axis + 1 for axis in self.out_permute])
+        y = y.reshape(lead + [outer * self.left.weight.size(0)])
         bias = self.bias
         if bias is not None:
             y = y + bias

@@ -6,6 +6,7 @@ the example of the authors' slides: 3×4 → 2×6 is ``view=(2, 3, 2), permute=(
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 from math import isqrt, prod
 
 import torch
@@ -18,11 +19,15 @@ OUT, IN, HEIGHT, WIDTH = 0, 1, 2, 3  # axes of a convolution's weight; a linear 
 
 @dataclass(frozen=True)
 class SubAxis:
-    """A factor of one axis of the weight: `axis` is the weight's axis, `size` its length, `place` its order there."""
+    """A factor of one axis of the weight: `axis` is the weight's axis, `size` its length, `place` its order there.
+
+    One more along it is `step` more along the weight's axis.
+    """
 
     axis: int
     place: int
     size: int
+    step: int
 
 
 @dataclass(frozen=True)
@@ -62,24 +67,81 @@ class Reshape:
             None when the view cuts across the weight's axes or the matrix across the view's: then no factored
             operator computes the term, and its weight must be composed.
         """
-        axes = _factor_axes(self.view, weight_shape)
+        refined = _refine(self, weight_shape)
+        if refined is None:
+            return None
+        axes = _factor_axes(refined.view, weight_shape)
         if axes is None:
             return None
-        ordered = [axes[position] for position in self.permute]
+        ordered: list[SubAxis] = []
+        for sub in [axes[position] for position in refined.permute]:
+            known = any(sub.axis == other.axis for other in ordered)
+            if sub.size > 1 or (weight_shape[sub.axis] == 1 and not known):
+                ordered.append(sub)
+        present = {sub.axis for sub in ordered}  # each axis of length 1 stands once, wherever the view has its ones
+        ordered += [SubAxis(axis, 0, 1, 1) for axis in range(len(weight_shape)) if axis not in present]
         rows: list[SubAxis] = []
         while prod(axis.size for axis in rows) < self.matrix[0]:
             rows.append(ordered[len(rows)])
-        if prod(axis.size for axis in rows) != self.matrix[0]:
-            return None
         return tuple(rows), tuple(ordered[len(rows) :])
 
     def key(self, weight_shape: tuple[int, ...]) -> object:
-        """Equal for two reshapes exactly when a low-rank matrix under one is a low-rank matrix under the other."""
+        """Equal for two reshapes exactly when a low-rank matrix under one is a low-rank matrix under the other.
+
+        That holds for every reshape that follows the weight's axes; one that does not equals only itself.
+        """
         split = self.split(weight_shape)
         if split is None:
             return self
-        sides = [frozenset((axis.axis, axis.place, axis.size) for axis in side if axis.size > 1) for side in split]
-        return frozenset(sides)
+        return frozenset(frozenset(_merged(side)) for side in split)
+
+
+def _refine(reshape: Reshape, weight_shape: tuple[int, ...]) -> Reshape | None:
+    """Cut the axes of the view at the matrix's edge and at the weight's axes, or None where a cut is not whole."""
+    held, p = 1, reshape.matrix[0]
+    for axis in reshape.permute:
+        size = reshape.view[axis]
+        if held < p < held * size:
+            if p % held or size % (p // held):
+                return None
+            reshape = _cut(reshape, axis, (p // held, size // (p // held)))
+            break
+        held *= size
+    if _factor_axes(reshape.view, weight_shape) is not None:
+        return reshape
+    ends = {prod(weight_shape[axis:]) for axis in range(len(weight_shape))}
+    for axis in reversed(range(len(reshape.view))):  # from the last, so that a cut leaves the numbers before it
+        inner = prod(reshape.view[axis + 1 :])
+        edges = [inner, *sorted(end for end in ends if inner < end < inner * reshape.view[axis])]
+        edges.append(inner * reshape.view[axis])
+        if any(outer % within for within, outer in pairwise(edges)):
+            return None
+        pieces = [outer // within for within, outer in pairwise(edges)]
+        reshape = _cut(reshape, axis, tuple(reversed(pieces)))
+    return reshape
+
+
+def _cut(reshape: Reshape, axis: int, pieces: tuple[int, ...]) -> Reshape:
+    """Write one axis of the view as several; the matrix stays the same."""
+    more = len(pieces) - 1
+    view = (*reshape.view[:axis], *pieces, *reshape.view[axis + 1 :])
+    permute: list[int] = []
+    for position in reshape.permute:
+        run = range(axis, axis + more + 1) if position == axis else (position + more * (position > axis),)
+        permute.extend(run)
+    return Reshape(view, tuple(permute), reshape.matrix)
+
+
+def _merged(side: tuple[SubAxis, ...]) -> list[tuple[int, int, int]]:
+    """Runs of neighbouring factors of one axis as (axis, elements of the axis within the run's steps, size)."""
+    runs: list[tuple[int, int, int]] = []
+    for sub in sorted((axis for axis in side if axis.size > 1), key=lambda axis: (axis.axis, axis.step)):
+        if runs and runs[-1][0] == sub.axis and runs[-1][1] * runs[-1][2] == sub.step:
+            axis, step, size = runs.pop()
+            runs.append((axis, step, size * sub.size))
+        else:
+            runs.append((sub.axis, sub.step, sub.size))
+    return runs
 
 
 def _factor_axes(view: tuple[int, ...], weight_shape: tuple[int, ...]) -> list[SubAxis] | None:
@@ -91,16 +153,16 @@ def _factor_axes(view: tuple[int, ...], weight_shape: tuple[int, ...]) -> list[S
         while held < length or (held == length == 1 and place == 0 and position < len(view) and view[position] == 1):
             if position == len(view):
                 return None
-            axes.append(SubAxis(axis, place, view[position]))
             held *= view[position]
+            if length % held:
+                return None
+            axes.append(SubAxis(axis, place, view[position], length // held))
             position += 1
             place += 1
-        if held != length:
-            return None
     trailing = view[position:]
     if any(size != 1 for size in trailing):
         return None
-    axes.extend(SubAxis(len(weight_shape) - 1, len(axes) + extra, 1) for extra in range(len(trailing)))
+    axes.extend(SubAxis(len(weight_shape) - 1, len(axes) + extra, 1, 1) for extra in range(len(trailing)))
     return axes
 
 

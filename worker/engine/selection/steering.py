@@ -1,7 +1,7 @@
 """Choosing ranks for all layers at once: by a pressure 2λ/μ, or so that a budget is met (methods L.2, L.7)."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from heapq import heapify, heappop, heappush
 from math import sqrt
 
@@ -77,17 +77,19 @@ def project_all(
     warm : sequence, optional
         Θ of the step before.
     sweeps : int, optional
-        Fixed number of sweeps: the literal alternation, without dense as a candidate.
+        Fixed number of sweeps: the literal C step of the slides. Dense is no candidate in it, a rank may pass
+        break-even and a layer may fall to rank 0; what the final network needs is seen to when the loop is over.
     """
+    literal = sweeps is not None
     return [
         project(
             weight,
-            problem.choices,
+            [choice.past_break_even() for choice in problem.choices] if literal else problem.choices,
             pressure,
             warm=None if warm is None else warm[index],
             sweeps=sweeps,
-            rank_total_low=problem.rank_total_low,
-            dense_cost=None if sweeps is not None or problem.fixed else problem.dense_price,
+            rank_total_low=0 if literal else problem.rank_total_low,
+            dense_cost=None if literal or problem.fixed else problem.dense_price,
         )
         for index, (problem, weight) in enumerate(zip(network.problems, weights, strict=True))
     ]
@@ -140,9 +142,20 @@ def pressure_for(
             pressure /= STRIDE
         else:
             pressure = sqrt(feasible[0] * infeasible)
-    if feasible is None:  # at a prohibitive pressure only the least ranks are left
-        feasible = (PROHIBITIVE, project_all(network, weights, PROHIBITIVE, None, None))
+    if feasible is None:  # only the least ranks are left
+        feasible = (start, least_projections(network, weights))
     return feasible
+
+
+def least_projections(network: Network, weights: Sequence[Tensor]) -> list[Projection]:
+    """Fit every layer at its least size in the metric, whatever the cost C says."""
+    made = []
+    for problem, weight in zip(network.problems, weights, strict=True):
+        ranks = problem.least_ranks
+        fixed = [choice.at_rank(rank) for choice, rank in zip(problem.choices, ranks, strict=True)]
+        dense = problem.size(ranks) > problem.dense_size
+        made.append(replace(project(weight, fixed, 0.0, sweeps=POLISH_SWEEPS), dense=dense))
+    return made
 
 
 def fill(
