@@ -81,16 +81,16 @@ def take_census(module: torch.jit.ScriptModule, example_inputs: Sequence[torch.T
     marked = [site for site in sites.sites if site.input_at is not None]
     for number, site in enumerate(marked):
         _mark(sites.graph, site, number)
-    log = _CallLog()
+    log, watched = _CallLog(), True
     try:
         output, flops = _run(reload(copy), example_inputs, log)
     except ProblemError:
         # A mark fails on a tensor without dimensions; whether the model itself fails is what matters.
-        log = _CallLog()
+        log, watched = _CallLog(), False
         output, flops = _run(reload(module), example_inputs, log)
     records: dict[str, list[_Call]] = {site.layer: [] for site in marked} | log.by_layer(marked)
     return Census(
-        layers=[_with_calls(layer, records.get(layer.name), seen=log.count > 0) for layer in layers],
+        layers=[_with_calls(layer, records.get(layer.name), watched=watched) for layer in layers],
         total_macs=flops // 2,
         total_params=count_params(module),
         output=describe_output(output),
@@ -152,7 +152,6 @@ class _CallLog(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.counter = FlopCounterMode(display=False)
         self.calls: list[_Call] = []
-        self.count = 0
         self._open: dict[int, tuple[Shape, int]] = {}
 
     def __torch_dispatch__(
@@ -167,7 +166,6 @@ class _CallLog(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _note(self, number: int, *, ends: bool, shape: Shape) -> None:
         flops = self.counter.get_total_flops()
-        self.count += 1
         if not ends:
             self._open[number] = (shape, flops)
         elif number in self._open:
@@ -235,10 +233,11 @@ def _forward_problem(error: Exception, example_inputs: Sequence[torch.Tensor]) -
     return ProblemError(ErrorCode.MODEL_RAISED, f"The model's forward raised for inputs {given}: {reason}.")
 
 
-def _with_calls(layer: Layer, calls: list[_Call] | None, *, seen: bool) -> Layer:
+def _with_calls(layer: Layer, calls: list[_Call] | None, *, watched: bool) -> Layer:
+    if not watched:  # a mark failed: no layer could be watched
+        return replace(layer, reason=layer.reason or ReasonCode.COST_UNKNOWN)
     if calls is None:
-        unknown = ReasonCode.NOT_EXECUTED if seen else ReasonCode.COST_UNKNOWN
-        return replace(layer, reason=layer.reason or unknown)
+        return replace(layer, reason=layer.reason or ReasonCode.NOT_EXECUTED)
     if not calls:
         return replace(layer, macs=0, reason=layer.reason or ReasonCode.NOT_EXECUTED)
     macs = sum(call.macs for call in calls)
