@@ -11,6 +11,7 @@ from worker.engine.csteps.spectrum import energies_of
 from worker.engine.layer_rules import LayerProblem
 
 _HALVINGS = 60  # of the logarithm's interval: far below the gap between two energies
+_CLEAR = 1 + 1e-6  # of a rank's own threshold, which the bisection ends at: another solver's rounding must not cross it
 
 
 @dataclass(frozen=True)
@@ -70,4 +71,4 @@ def estimate_pressure(curves: Sequence[Curve], rest: int, limit: int) -> float:
             high = middle
         else:
             low = middle
-    return high
+    return high * _CLEAR
