@@ -9,7 +9,7 @@ TEST_WORKERS ?= 2
 ONE_THREAD := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format docs clean
+.PHONY: help install demo test bench check format docs clean
 
 help:  ## say what there is to make
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -28,6 +28,9 @@ demo: $(INSTALLED)  ## train a network on handwritten digits and compress it thr
 
 test: $(INSTALLED)  ## run the tests
 	$(ONE_THREAD) $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist worksteal
+
+bench: $(INSTALLED)  ## measure speed against its limits (minutes; wants an idle machine)
+	status=0; for name in lstep upload overhead; do $(BIN)/python -m benchmarks.$$name || status=1; done; exit $$status
 
 check: $(INSTALLED)  ## lint, format, types, import rules, generated docs
 	$(BIN)/ruff check .

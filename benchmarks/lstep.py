@@ -21,6 +21,7 @@ from benchmarks.options import parser
 from benchmarks.outcome import Limit, Sample, conclude, say
 from service.contract.spec import DataSpec, JobSpec, SgdSpec, parse_spec
 from worker.engine.data import Dataset, epoch_order
+from worker.engine.data_files import Arrays
 from worker.engine.device import prepare_process
 from worker.engine.layer_rules import apply_rules
 from worker.engine.network.costs import take_census
@@ -98,11 +99,11 @@ class Bench:
     def make(cls, workload: Workload, folder: Path) -> "Bench":
         """Save the network as the engine gets it, and make random data."""
         model = folder / "network.pt"
-        torch.jit.script(workload.network).save(str(model))
+        torch.jit.save(torch.jit.script(workload.network), str(model))
         spec = parse_spec({"budget": {"max_params_fraction": 0.5}, "training": {"batch_size": workload.batch_size}})
         random = np.random.default_rng(SEED)
         count, held = workload.samples, 8
-        arrays = {
+        arrays: Arrays = {
             "inputs": random.standard_normal((count, *workload.image_shape), dtype=np.float32),
             "targets": random.integers(0, CLASSES, count),
             "val_inputs": random.standard_normal((held, *workload.image_shape), dtype=np.float32),
@@ -136,12 +137,12 @@ class Bench:
             module.train()
             order = torch.from_numpy(epoch_order(len(images), SEED, number))
             total = torch.zeros(())
-            for index in order.split(self.workload.batch_size):
+            for index in torch.split(order, self.workload.batch_size):
                 optimizer.zero_grad()
                 loss = plain_loss(
                     module(images[index]), targets[index], wanted[index], aim.distillation, aim.temperature
                 )
-                loss.backward()
+                torch.autograd.backward([loss])
                 optimizer.step()
                 total += loss.detach() * len(index)
             return float(total) / len(images)

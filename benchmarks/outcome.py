@@ -83,7 +83,9 @@ def add_run(folder: Path, name: str, run: dict[str, Any]) -> Path:
     """Add a run to the benchmark's file; toy runs have a file of their own, which git ignores."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}{'.local' if run['quick'] else ''}.json"
-    content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"benchmark": name, "runs": []}
+    content: dict[str, Any] = {"benchmark": name, "runs": []}
+    if path.exists():
+        content = json.loads(path.read_text(encoding="utf-8"))
     content["runs"].append(run)
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return path

@@ -48,7 +48,7 @@ class Penalty:
             for weight in self.weights:
                 if weight.grad is None:
                     weight.grad = torch.zeros_like(weight)
-            gradients = [weight.grad for weight in self.weights]
+            gradients = [weight.grad for weight in self.weights if weight.grad is not None]
             torch._foreach_add_(gradients, list(self.weights), alpha=self.mu)
             torch._foreach_sub_(gradients, list(self.anchors), alpha=self.mu)
 
@@ -97,7 +97,11 @@ class Trainer:
     micro_batch_size: int = field(init=False)
 
     def __post_init__(self) -> None:
-        self.micro_batch_size = self.batch_size
+        self.micro_batch_size = self._largest_batch
+
+    @property
+    def _largest_batch(self) -> int:
+        return min(self.batch_size, self.dataset.size("train"))
 
     def optimizer(self, learning_rate: float) -> torch.optim.SGD:
         """Make a fresh optimiser over every trainable parameter."""
@@ -135,8 +139,8 @@ class Trainer:
             if update == updates_max:
                 break
             positions = order[start : start + self.batch_size]
-            if len(positions) == 1 and len(order) > 1:
-                continue  # batch norm cannot train on one sample
+            if len(positions) == 1 and self.batch_size > 1 and update > 0:
+                continue  # what is left over: batch norm cannot train on one sample
             loss = self._update(optimizer, positions, penalty)
             total += loss * len(positions)
             count += len(positions)
@@ -186,13 +190,13 @@ class Trainer:
         return loss.detach()
 
     def _halve(self, error: BaseException) -> None:
-        if self.micro_batch_size <= max(self.batch_size // 2**HALVINGS_MAX, 1):
+        if self.micro_batch_size <= max(self._largest_batch // 2**HALVINGS_MAX, 1):
             peak = ""
             if self.device.type == "cuda":
                 peak = f"; the peak was {torch.cuda.max_memory_allocated(self.device)} bytes"
             raise ProblemError(
                 ErrorCode.OUT_OF_MEMORY,
-                f"a quarter of the batch of {self.batch_size} does not fit in memory{peak}: {str(error)[:300]}. "
+                f"a quarter of the batch of {self._largest_batch} does not fit in memory{peak}: {str(error)[:300]}. "
                 "Lower training.batch_size",
             ) from None
         self.micro_batch_size = max(self.micro_batch_size // 2, 1)
