@@ -124,7 +124,7 @@ class Dataset:
     def _prepare(self, raw: np.ndarray) -> Tensor:
         """Raw rows as inputs: layout, then (x·scale − mean)/std; whole numbers other than uint8 stay what they are."""
         spec = self.spec
-        tensor = torch.from_numpy(np.ascontiguousarray(raw))
+        tensor = _as_tensor(raw)
         if spec.layout == "NHWC" and tensor.dim() == 4:
             tensor = tensor.permute(0, 3, 1, 2).contiguous()
         if tensor.is_floating_point() or tensor.dtype == torch.uint8:
@@ -135,7 +135,7 @@ class Dataset:
                 tensor = tensor - _per_channel(spec.mean, tensor)
             if spec.std is not None:
                 tensor = tensor / _per_channel(spec.std, tensor)
-        elif tensor.dtype in (torch.int8, torch.int16, torch.int32):
+        elif tensor.dtype != torch.bool:
             tensor = tensor.to(torch.int64)
         return tensor
 
@@ -173,7 +173,7 @@ def check_finite(arrays: Arrays, names: Sequence[str]) -> None:
     """
     for name in names:
         array = arrays.get(name)
-        if array is None or array.dtype.kind != "f":
+        if array is None or array.dtype.kind != "f" or array.ndim == 0:
             continue
         for start in range(0, len(array), _CHECK_ROWS):
             block = np.asarray(array[start : start + _CHECK_ROWS])
@@ -211,13 +211,17 @@ def _names(
             f"arrays {', '.join(wanted + '.' + name for name in unknown)} name no argument of forward; its arguments "
             f"are {', '.join(argument_names)}",
         )
-    return tuple(suffixes[name] for name in argument_names if name in suffixes)
+    passed = list(argument_names[: len(suffixes)])
+    if missing := [name for name in passed if name not in suffixes]:  # arguments are passed by place
+        raise ProblemError(
+            ErrorCode.DATASET_INVALID,
+            f"forward takes {', '.join(argument_names)} in this order, but there is no array "
+            f"{', '.join(f'{wanted}.{name}' for name in missing)}",
+        )
+    return tuple(suffixes[name] for name in passed)
 
 
 def _split(arrays: Arrays, inputs: tuple[str, ...], targets: tuple[str, ...], seed: int) -> dict[PartName, Part]:
-    names = [prefix + name for prefix in ("", "val_", "test_") for name in (*inputs, *targets)]
-    check_finite(arrays, names)
-
     def gather(prefix: str) -> tuple[tuple[np.ndarray, ...], tuple[np.ndarray, ...]] | None:
         if prefix + inputs[0] not in arrays:
             return None
@@ -231,6 +235,7 @@ def _split(arrays: Arrays, inputs: tuple[str, ...], targets: tuple[str, ...], se
         return made
 
     train, held, test = gather(""), gather("val_"), gather("test_")
+    check_finite(arrays, [prefix + name for prefix in ("", "val_", "test_") for name in (*inputs, *targets)])
     assert train is not None  # noqa: S101  the caller found the first input array
     count = len(train[0][0])
     if count < SAMPLES_MIN:
@@ -274,8 +279,13 @@ def _check_lengths(names: Sequence[str], arrays: Sequence[np.ndarray]) -> None:
             raise ProblemError(ErrorCode.DATASET_INVALID, f"array '{name}' has {len(array)} rows; at least 2 needed")
 
 
+def _as_tensor(raw: np.ndarray) -> Tensor:
+    """Rows as a tensor; PyTorch reads the machine's own byte order alone."""
+    return torch.from_numpy(np.ascontiguousarray(raw, dtype=raw.dtype.newbyteorder("=")))
+
+
 def _target(raw: np.ndarray, dtype: torch.dtype) -> Tensor:
-    tensor = torch.from_numpy(np.ascontiguousarray(raw))
+    tensor = _as_tensor(raw)
     return tensor.to(dtype) if tensor.is_floating_point() else tensor.to(torch.int64)
 
 

@@ -25,6 +25,9 @@ _SAFETENSORS_DTYPES = {
 }
 _ACCEPTED_KINDS = "fiub"
 _COPY_BYTES = 1 << 20
+_ITEM_BYTES_MAX = 8  # PyTorch has no wider real numbers
+# An encrypted member and a header nested too deep are RuntimeErrors; a header of another structure is a TypeError.
+_UNREADABLE = (zipfile.BadZipFile, zlib.error, EOFError, ValueError, OSError, LookupError, TypeError, RuntimeError)
 Arrays = dict[str, np.ndarray]
 
 
@@ -47,7 +50,7 @@ def open_arrays(path: Path, data_format: str, work_dir: Path) -> Arrays:
     """
     try:
         arrays = _open_npz(path, work_dir) if data_format == "npz" else _open_safetensors(path)
-    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, OSError, KeyError, NotImplementedError) as error:
+    except _UNREADABLE as error:
         raise ProblemError(ErrorCode.DATASET_INVALID, f"the {data_format} file cannot be read: {error}") from error
     if not arrays:
         raise ProblemError(ErrorCode.DATASET_INVALID, "the dataset holds no array; expected at least 'inputs'")
@@ -78,7 +81,7 @@ def _check_npy_header(source: BinaryIO, name: str) -> None:
     version = npy.read_magic(source)
     read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
     _, _, dtype = read(source)
-    if dtype.kind not in _ACCEPTED_KINDS:
+    if dtype.kind not in _ACCEPTED_KINDS or dtype.itemsize > _ITEM_BYTES_MAX:
         raise ProblemError(
             ErrorCode.DATASET_INVALID,
             f"array '{name}' has dtype {dtype}; expected floating point, integers, uint8 or bool (objects are never "
@@ -92,6 +95,8 @@ def _open_safetensors(path: Path) -> Arrays:
         if length > path.stat().st_size - 8:
             raise ValueError("the header is longer than the file")
         header = json.loads(stream.read(length))
+    if not isinstance(header, dict):
+        raise TypeError("the header is no JSON object")
     arrays: Arrays = {}
     for name, entry in header.items():
         if name == "__metadata__":

@@ -11,9 +11,10 @@ import torch
 from scipy import stats
 from torch import Tensor
 
+from service.contract.errors import ErrorCode, ProblemError
 from service.contract.report import CONFIDENCE, Latency, PairedDifference
 from worker.engine.data import Dataset, PartName
-from worker.engine.forward import call
+from worker.engine.forward import call, out_of_memory
 from worker.engine.objective import Objective
 from worker.engine.teacher import Teacher
 
@@ -49,23 +50,59 @@ def evaluate(
     teacher: Teacher | None,
     device: torch.device,
 ) -> Scores:
-    """Score a network on a part, in evaluation mode; the network's own mode is given back."""
+    """Score a network on a part, in evaluation mode; the network's own mode is given back.
+
+    Samples that the objective leaves out have no place in the scores. A batch that does not fit in memory is halved.
+
+    Raises
+    ------
+    ProblemError
+        ``DATASET_INVALID`` when every sample of the part is left out.
+    """
     was_training = module.training
     module.eval()
     losses, metrics, total = [], [], 0.0
-    positions = np.arange(dataset.size(part))
-    with torch.no_grad():
-        for start in range(0, len(positions), EVALUATION_BATCH_SIZE):
-            rows = positions[start : start + EVALUATION_BATCH_SIZE]
-            batch = dataset.rows(part, rows, device)
-            wanted = teacher.outputs(part, rows, batch) if teacher is not None else None
-            outputs = call(module, batch.inputs)
-            loss, metric = objective.scores(outputs, batch.targets, wanted)
-            losses.append(loss.cpu().numpy())
-            metrics.append(metric.cpu().numpy())
-            total += float(objective.loss(outputs, batch.targets, wanted)) * len(rows)
+    count, start, size = dataset.size(part), 0, EVALUATION_BATCH_SIZE
+    while start < count:
+        rows = np.arange(start, min(start + size, count))
+        try:
+            with torch.no_grad():
+                loss, metric, mean = _score(module, dataset, part, rows, objective, teacher, device)
+        except (RuntimeError, MemoryError) as error:
+            if size == 1 or not out_of_memory(error):
+                raise
+            size //= 2
+            continue
+        losses.append(loss)
+        metrics.append(metric)
+        total += mean * len(rows)
+        start += len(rows)
     module.train(was_training)
-    return Scores(np.concatenate(losses), np.concatenate(metrics), total / len(positions))
+    losses_, metrics_ = np.concatenate(losses), np.concatenate(metrics)
+    counted = ~np.isnan(metrics_) if objective.loss_name == "cross_entropy" else np.full(count, fill_value=True)
+    if not counted.any():
+        raise ProblemError(
+            ErrorCode.DATASET_INVALID,
+            f"every sample of the {part} part is left out by objective.ignore_index {objective.spec.ignore_index}; "
+            "give targets for some of them",
+        )
+    return Scores(losses_[counted], metrics_[counted], total / count)
+
+
+def _score(
+    module: torch.jit.ScriptModule,
+    dataset: Dataset,
+    part: PartName,
+    rows: np.ndarray,
+    objective: Objective,
+    teacher: Teacher | None,
+    device: torch.device,
+) -> tuple[np.ndarray, np.ndarray, float]:
+    batch = dataset.rows(part, rows, device)
+    wanted = teacher.outputs(part, rows, batch) if teacher is not None else None
+    outputs = call(module, batch.inputs)
+    loss, metric = objective.scores(outputs, batch.targets, wanted)
+    return loss.cpu().numpy(), metric.cpu().numpy(), float(objective.loss(outputs, batch.targets, wanted))
 
 
 def paired_difference(name: str, compressed: np.ndarray, reference: np.ndarray) -> PairedDifference:

@@ -9,6 +9,8 @@ from torch import Tensor
 from service.contract.errors import ErrorCode, ProblemError
 
 _MESSAGE_CHARACTERS_MAX = 1200
+# What a forward raises by a `raise` of its own is torch.jit.Error, which is none of Python's own kinds.
+_RAISED = (torch.jit.Error, RuntimeError, ValueError, TypeError, LookupError, AssertionError)
 
 
 def call(module: torch.jit.ScriptModule, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -27,7 +29,7 @@ def call_nested(module: torch.jit.ScriptModule, inputs: Sequence[Tensor]) -> Any
     """
     try:
         return module(*inputs)
-    except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AssertionError) as error:
+    except _RAISED as error:
         if out_of_memory(error):
             raise
         shapes = ", ".join(f"{tuple(x.shape)} {str(x.dtype).removeprefix('torch.')}" for x in inputs)

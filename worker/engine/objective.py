@@ -39,6 +39,7 @@ class Objective:
         self.loss_name: Loss = spec.loss
         self.spec = spec
         self._positions = positions
+        self._some_left_out = True  # until `check` has seen that no target is `ignore_index`
         self.needs_teacher = spec.distillation > 0 or spec.loss == "distillation"
         self.metric_name = {"cross_entropy": "accuracy", "mse": "mse", "distillation": "relative_output_error"}[
             self.loss_name
@@ -47,8 +48,7 @@ class Objective:
     def loss(self, outputs: Sequence[Tensor], targets: Sequence[Tensor], teacher: Sequence[Tensor] | None) -> Tensor:
         """Mean over the batch of the whole objective; a scalar."""
         if self.loss_name == "distillation":
-            assert teacher is not None  # noqa: S101  needs_teacher says so
-            return torch.stack([_relative_error(y, t).mean() for y, t in zip(outputs, teacher, strict=True)]).sum()
+            return torch.stack([error.mean() for error in _relative_errors(outputs, teacher)]).sum()
         weight = self.spec.distillation if teacher is not None else 0.0
         parts: list[Tensor] = []
         for index, target in enumerate(targets):
@@ -62,10 +62,12 @@ class Objective:
     def scores(
         self, outputs: Sequence[Tensor], targets: Sequence[Tensor], teacher: Sequence[Tensor] | None
     ) -> tuple[Tensor, Tensor]:
-        """Task loss and metric of each sample, ``(B,)`` float64 both: accuracy, squared error, or relative error."""
+        """Task loss and metric of each sample, ``(B,)`` float64 both: accuracy, squared error, or relative error.
+
+        A sample that `ignore_index` leaves out altogether has NaN for both.
+        """
         if self.loss_name == "distillation":
-            assert teacher is not None  # noqa: S101
-            errors = torch.stack([_relative_error(y, t) for y, t in zip(outputs, teacher, strict=True)]).mean(dim=0)
+            errors = torch.stack(_relative_errors(outputs, teacher)).mean(dim=0)
             return errors.double(), errors.double()
         losses, metrics = [], []
         for index, target in enumerate(targets):
@@ -86,15 +88,21 @@ class Objective:
         ProblemError
             ``INPUT_SHAPE_MISMATCH`` when shapes do not fit, ``DATASET_INVALID`` when a class is out of range.
         """
-        if not all(output.is_floating_point() for output in outputs[: max(len(dataset.target_names), 1)]):
-            raise ProblemError(
-                ErrorCode.MODEL_UNSUPPORTED, "forward returns whole numbers; expected floating point outputs"
-            )
-        if len(outputs) < len(dataset.target_names):
+        matched = self.loss_name == "distillation"
+        if not matched and len(outputs) < len(dataset.target_names):
             raise ProblemError(
                 ErrorCode.INPUT_SHAPE_MISMATCH,
                 f"the dataset has {len(dataset.target_names)} target arrays and forward gives {len(outputs)} outputs",
             )
+        scored = outputs if matched else [outputs[self._place(index)] for index in range(len(dataset.target_names))]
+        floating = [output.is_floating_point() for output in scored]
+        if not (any(floating) if matched else all(floating)):
+            raise ProblemError(
+                ErrorCode.MODEL_UNSUPPORTED, "forward returns whole numbers; expected floating point outputs"
+            )
+        if matched:
+            return
+        self._some_left_out = False
         for part in ("train", "select", "report"):
             for index, array in enumerate(dataset.part(part).targets):
                 self._check_target(dataset.target_names[index], outputs[self._place(index)], array)
@@ -107,18 +115,22 @@ class Objective:
             if output.shape[1:].numel() != int(np.prod(array.shape[1:], dtype=np.int64)):
                 raise _misfit(name, output, array.shape, "the same shape")
             return
-        if output.dim() <= self.spec.class_dim:
+        class_dim = self.spec.class_dim + (output.dim() if self.spec.class_dim < 0 else 0)
+        if not 0 < class_dim < output.dim():
             raise ProblemError(
                 ErrorCode.INPUT_SHAPE_MISMATCH,
-                f"objective.class_dim is {self.spec.class_dim} but the output has {output.dim()} axes",
+                f"objective.class_dim is {self.spec.class_dim} but the output is {tuple(output.shape)}; expected "
+                "one of its axes after the first, which counts samples",
             )
-        classes = output.shape[self.spec.class_dim]
-        expected = [size for axis, size in enumerate(output.shape) if axis != self.spec.class_dim][1:]
+        classes = output.shape[class_dim]
+        expected = [size for axis, size in enumerate(output.shape) if axis != class_dim][1:]
         if list(array.shape[1:]) != expected:
             raise _misfit(name, output, array.shape, f"one class for each position, (samples, {expected or ''})")
         for start in range(0, len(array), _CHECK_ROWS):
             block = np.asarray(array[start : start + _CHECK_ROWS])
-            wrong = ((block < 0) | (block >= classes)) & (block != self.spec.ignore_index)
+            left_out = block == self.spec.ignore_index
+            self._some_left_out = self._some_left_out or bool(left_out.any())
+            wrong = ((block < 0) | (block >= classes)) & ~left_out
             if wrong.any():
                 raise ProblemError(
                     ErrorCode.DATASET_INVALID,
@@ -130,6 +142,8 @@ class Objective:
         if self.loss_name == "mse":
             return functional.mse_loss(output, target.reshape(output.shape).to(output.dtype))
         logits = output.movedim(self.spec.class_dim, 1)
+        if self._some_left_out and not bool((target != self.spec.ignore_index).any()):
+            return logits.sum() * 0.0  # the mean over no position is NaN, and such a batch teaches nothing
         return functional.cross_entropy(logits, target, ignore_index=self.spec.ignore_index)
 
     def _distilled(self, output: Tensor, teacher: Tensor) -> Tensor:
@@ -151,7 +165,7 @@ class Objective:
         )
         losses = functional.cross_entropy(logits, target, ignore_index=self.spec.ignore_index, reduction="none")
         right = logits.argmax(dim=1) == target
-        positions = counted.sum(dim=1).clamp_min(1)
+        positions = counted.sum(dim=1)  # 0 gives 0/0: NaN says that the sample is left out
         loss = (losses.reshape(len(target), -1) * counted).sum(dim=1) / positions
         return loss, (right.reshape(len(target), -1) & counted).sum(dim=1) / positions
 
@@ -196,6 +210,12 @@ def pair_targets(target_names: Sequence[str], prefix: str, output_names: Sequenc
             f"are {', '.join(output_names) or 'one tensor'}",
         )
     return [list(output_names).index(suffix) for suffix in suffixes]
+
+
+def _relative_errors(outputs: Sequence[Tensor], reference: Sequence[Tensor] | None) -> list[Tensor]:
+    assert reference is not None  # noqa: S101  needs_teacher says so
+    pairs = zip(outputs, reference, strict=True)
+    return [_relative_error(output, wanted) for output, wanted in pairs if output.is_floating_point()]
 
 
 def _relative_error(output: Tensor, reference: Tensor) -> Tensor:
