@@ -1,11 +1,13 @@
 """The words between a supervisor and its child: one JSON line each, over pipes, without torch on either side.
 
 The supervisor writes one `Assignment` to the child's standard input and keeps it open; when it closes, the child
-exits. The child writes messages to the file descriptor named in `RANKPRESS_CHANNEL_FD`. What a child says is not
+exits. The child writes messages to the file descriptor named in `RANKPRESS_CHANNEL_FD`. On `DRAIN_SIGNAL` a child that
+can be resumed writes a checkpoint as soon as it is between two steps, and exits. What a child says is not
 trusted: a line that is too long or does not parse ends the attempt, never the supervisor.
 """
 
 import os
+import signal
 from typing import Annotated, Any, BinaryIO, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
@@ -15,6 +17,7 @@ from service.contract.events import EventKind, Progress
 from service.contract.plan import LayerFacts, RankRow
 
 CHANNEL_FD_VARIABLE = "RANKPRESS_CHANNEL_FD"
+DRAIN_SIGNAL = signal.SIGUSR1  # not SIGTERM, which ends a canceled child at once
 LINE_BYTES_MAX = 64 * 1024 * 1024  # rank rows of a network with thousands of layers fit many times over
 
 # Where the stages leave what the supervisor stores, in the attempt's directory.
@@ -173,6 +176,7 @@ def failure(error: ProblemError, *, permanent: bool = True) -> FailedMessage:
 __all__ = [
     "ARTIFACT_FILE",
     "CHANNEL_FD_VARIABLE",
+    "DRAIN_SIGNAL",
     "LINE_BYTES_MAX",
     "REPORT_FILE",
     "Assignment",

@@ -5,6 +5,7 @@ Started as ``python -m worker.runner`` with an `Assignment` on standard input; i
 
 import json
 import resource
+import signal
 import sys
 import time
 import traceback
@@ -18,6 +19,7 @@ from service.contract.plan import LayerFacts, RankRow
 from service.contract.report import PhaseUse
 from service.contract.states import Phase
 from worker.channel import (
+    DRAIN_SIGNAL,
     Assignment,
     DoneMessage,
     EventMessage,
@@ -46,7 +48,8 @@ def main() -> int:
     try:
         writer.send(DoneMessage(result=run_stage(assignment, writer)))
     except ProblemError as error:
-        writer.send(failure(error, permanent=error.code != ErrorCode.INTERNAL))
+        told = _bounded(error.detail, assignment) if error.code == ErrorCode.OUT_OF_MEMORY else error
+        writer.send(failure(told, permanent=error.code != ErrorCode.INTERNAL))
         return EXIT_PROBLEM
     except Exception as error:  # noqa: BLE001  whatever it is, the supervisor must hear of it
         traceback.print_exc()
@@ -79,6 +82,11 @@ class RelayingObserver:
         self._entered = time.monotonic()
         self._told = 0.0
         self._saved = time.monotonic()
+        self._leaving = False
+
+    def leave_between_steps(self) -> None:
+        """Let the next checkpoint be the last thing that this process does."""
+        self._leaving = True
 
     def phase(self, phase: str) -> None:
         """Enter a phase."""
@@ -124,13 +132,15 @@ class RelayingObserver:
         self._writer.send(EventMessage(kind=kind, data=dict(data)))
 
     def checkpoint(self, saved: Any, step: int, *, must: bool = False) -> None:
-        """Write a checkpoint unless the last one is too recent."""
+        """Write a checkpoint unless the last one is too recent; leave after it where the supervisor has asked."""
         from worker.checkpoint import write_checkpoint  # noqa: PLC0415
 
-        if not must and time.monotonic() - self._saved < self._assignment.checkpoint_seconds:
+        if not must and not self._leaving and time.monotonic() - self._saved < self._assignment.checkpoint_seconds:
             return
         self._writer.send(write_checkpoint(saved, self._work_dir / "checkpoints", step))
         self._saved = time.monotonic()
+        if self._leaving:
+            raise SystemExit(0)
 
 
 def _learn(assignment: Assignment, relay: RelayingObserver) -> dict[str, Any]:
@@ -138,6 +148,7 @@ def _learn(assignment: Assignment, relay: RelayingObserver) -> dict[str, Any]:
     from worker.checkpoint import read_checkpoint  # noqa: PLC0415
     from worker.engine.learn import learn  # noqa: PLC0415
 
+    signal.signal(DRAIN_SIGNAL, lambda *_: relay.leave_between_steps())
     saved = read_checkpoint(Path(assignment.resume_path)) if assignment.resume_path else None
     return learn(_sources(assignment), parse_spec(assignment.spec), relay, saved)
 
@@ -171,13 +182,21 @@ def _unexpected(error: BaseException, assignment: Assignment) -> FailedMessage:
     from worker.engine.forward import out_of_memory  # noqa: PLC0415
 
     if out_of_memory(error):
-        limit = assignment.memory_bytes_max
-        bound = f" within its limit of {limit} bytes" if limit is not None else ""
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        detail = f"the job ran out of memory{bound}; its peak was {peak} bytes resident: {str(error)[:300]}"
-        return failure(ProblemError(ErrorCode.OUT_OF_MEMORY, detail))
+        return failure(_bounded(str(error)[:300], assignment))
     detail = f"the engine met an error of its own: {type(error).__name__}: {str(error)[:500]}"
     return failure(ProblemError(ErrorCode.INTERNAL, detail), permanent=False)
+
+
+def _bounded(what: str, assignment: Assignment) -> ProblemError:
+    """Say a want of memory with the limit, the peak, and what to change."""
+    limit = assignment.memory_bytes_max
+    bound = f" within its limit of {limit} bytes" if limit is not None else ""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return ProblemError(
+        ErrorCode.OUT_OF_MEMORY,
+        f"the job ran out of memory{bound}; its peak was {peak} bytes resident: {what.rstrip('.')}. Use a smaller "
+        "batch_size or model, or raise RANKPRESS_CHILD_MEMORY_BYTES",
+    )
 
 
 def _use(phase: str, seconds: float) -> PhaseUse:

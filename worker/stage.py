@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from service.contract.errors import ErrorCode, ProblemError
 from service.contract.states import Phase
 from worker.channel import (
+    DRAIN_SIGNAL,
     DoneMessage,
     FailedMessage,
     LayersMessage,
@@ -153,7 +154,7 @@ class StageWatch:
         elif self._said is not None or self._gone_at is not None:
             return
         elif self._drain:
-            self._stop(Drained(), self._drain.grace_seconds)
+            self._stop(Drained(), self._drain.grace_seconds, DRAIN_SIGNAL)
         elif now >= self._limits.run_deadline:
             self._stop(self._past_deadline(), grace_seconds=0.0)
         elif self._forward_since is not None and now >= self._forward_since + self._limits.first_forward_seconds:
@@ -168,11 +169,11 @@ class StageWatch:
         if limit is not None and resident > limit:
             self._stop(out_of_memory(f"the job's processes used {resident} bytes", limit), grace_seconds=0.0)
 
-    def _stop(self, ending: Ending, grace_seconds: float) -> None:
-        """End the child: SIGTERM to its group, and SIGKILL after the grace."""
+    def _stop(self, ending: Ending, grace_seconds: float, asking: signal.Signals = signal.SIGTERM) -> None:
+        """End the child: a signal that asks its group, and SIGKILL after the grace."""
         self._stopping = ending
         self._kill_at = time.monotonic() + grace_seconds
-        self._child.signal_group(signal.SIGTERM if grace_seconds > 0 else signal.SIGKILL)
+        self._child.signal_group(asking if grace_seconds > 0 else signal.SIGKILL)
 
     def _past_deadline(self) -> Failed:
         return failed(

@@ -64,7 +64,7 @@ class Supervisor:
         return True
 
     def drain(self, grace_seconds: float | None = None) -> None:
-        """Claim nothing more; running children get SIGTERM, and their jobs go back to the queue uncounted."""
+        """Claim nothing more; running children may save themselves; their jobs go back to the queue uncounted."""
         self._drain.ask(self._settings.drain_grace_seconds if grace_seconds is None else grace_seconds)
 
     def _claim(self, queue: str) -> Claim | None:

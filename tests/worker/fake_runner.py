@@ -18,6 +18,7 @@ from service.contract.events import EventKind, Progress
 from service.contract.plan import Form, LayerFacts, RankRow
 from worker.channel import (
     ARTIFACT_FILE,
+    DRAIN_SIGNAL,
     REPORT_FILE,
     Assignment,
     CheckpointMessage,
@@ -163,12 +164,12 @@ class FakeRunner:
     def ignore_term(self):
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
-    def checkpoint_on_term(self, step):
+    def checkpoint_on_drain(self, step):
         def leave(*_):
             self.checkpoint(step)
             sys.exit(0)
 
-        signal.signal(signal.SIGTERM, leave)
+        signal.signal(DRAIN_SIGNAL, leave)
 
     def write_pid(self, path):
         Path(path).write_text(str(os.getpid()))

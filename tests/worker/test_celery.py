@@ -59,7 +59,7 @@ def test_a_job_runs_and_a_stop_hands_it_to_the_next_worker(fleet, tmp_path):
     fleet.wait_for_state(first, JobState.SUCCEEDED, seconds=30.0)
     assert time.monotonic() - rung < 10
 
-    learn = [["checkpoint_on_term", 2], ["phase", "learning"], ["fresh", "sleep", 60], ["steps", 4, 0.0]]
+    learn = [["checkpoint_on_drain", 2], ["phase", "learning"], ["fresh", "sleep", 60], ["steps", 4, 0.0]]
     second = fleet.submit({"learn": learn})
     fleet.bell.ring("rankpress")
     fleet.wait_for_phase(second, "learning")

@@ -69,7 +69,7 @@ def test_as_many_jobs_run_at_once_as_there_are_slots(make_house, start_worker):
 
 def test_a_stop_is_prompt_and_gives_the_job_back(house, start_worker):
     worker = start_worker(house)
-    job_id = house.submit({"learn": [["checkpoint_on_term", 2], ["phase", "learning"], ["sleep", 60]]})
+    job_id = house.submit({"learn": [["checkpoint_on_drain", 2], ["phase", "learning"], ["sleep", 60]]})
     house.bell.ring("rankpress")
     house.wait_for_phase(job_id, "learning")
     asked = time.monotonic()

@@ -308,7 +308,7 @@ def test_the_resident_size_is_watched_on_a_gpu(make_house):
 
 def test_a_drain_gives_the_job_back_uncounted(house):
     job_id = house.submit(
-        {"learn": [["checkpoint_on_term", 3], ["phase", "learning"], ["fresh", "sleep", 60], ["steps", 5, 0.0]]}
+        {"learn": [["checkpoint_on_drain", 3], ["phase", "learning"], ["fresh", "sleep", 60], ["steps", 5, 0.0]]}
     )
     thread = house.run_aside()
     house.wait_for_phase(job_id, "learning")
