@@ -222,10 +222,10 @@ def run_stage(stage: str, work_dir: Path, model: Path, spec: Mapping[str, Any], 
 
 
 def run_job(work_dir: Path, model: Path, spec: Mapping[str, Any], **options: Any) -> dict[str, Stage]:
-    """Run the three stages of a job, each in its own child."""
+    """Run the stages of a job, each in its own child."""
     stages: dict[str, Stage] = {}
     resume = options.pop("resume_path", None)
-    for stage in ("learn", "emit", "verify"):
+    for stage in options.pop("only", ("learn", "emit", "verify")):
         extra = {"resume_path": str(resume)} if resume is not None and stage == "learn" else {}
         stages[stage] = run_stage(stage, work_dir, model, spec, **options, **extra)
         assert stages[stage].exit_code == 0, (stage, stages[stage].messages[-1:], stages[stage].errors[-3000:])

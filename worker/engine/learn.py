@@ -80,6 +80,7 @@ def learn(sources: Sources, spec: JobSpec, observer: Observer, saved: Saved | No
     device = choose_device(spec.device)
     reference = load_model(sources.model, device)
     reject_unsafe_operators(reference)
+    _require_numbers(reference)
     dataset = open_dataset(sources, spec, reference)
     if dataset is None and spec.example_inputs is None:
         raise ProblemError(
@@ -188,6 +189,16 @@ def _resolve_what_is_known(context: Context, examples: Sequence[Tensor]) -> None
             {"shape": [1, *x.shape[1:]], "dtype": str(x.dtype).removeprefix("torch."), "high": None} for x in examples
         ]
     context.observer.resolved(resolved)
+
+
+def _require_numbers(reference: torch.jit.ScriptModule) -> None:
+    """Refuse a model with NaN or infinities among its parameters: nothing can be learned from it."""
+    for name, parameter in reference.named_parameters():
+        if parameter.is_floating_point() and not bool(torch.isfinite(parameter).all()):
+            raise ProblemError(
+                ErrorCode.MODEL_UNSUPPORTED,
+                f"parameter '{name}' holds NaN or infinity; train the model to finite weights and upload it again",
+            )
 
 
 def _require_problems(decisions: Decisions) -> None:

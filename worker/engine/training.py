@@ -147,11 +147,18 @@ class Trainer:
             if on_update is not None:
                 on_update()
         mean = float(total) / max(count, 1)
-        if not isfinite(mean):
+        if not isfinite(mean) or not self._finite():
             raise ProblemError(
                 ErrorCode.DIVERGED, "the training loss is no longer a number; lower training.optimizer.lr"
             )
         return mean
+
+    def _finite(self) -> bool:
+        """Whether every parameter is a number: the last update of an epoch shows in no loss."""
+        with torch.no_grad():
+            floating = [each.detach() for each in self.module.parameters() if each.is_floating_point()]
+            largest = torch._foreach_norm(floating, float("inf"))
+        return bool(torch.isfinite(torch.stack([each.to(torch.float64) for each in largest])).all())
 
     def _update(self, optimizer: torch.optim.Optimizer, positions: np.ndarray, penalty: Penalty | None) -> Tensor:
         """One update; runs out of memory at most twice before it gives up."""
