@@ -2,12 +2,11 @@
 
 import pickletools
 import re
-import struct
 import zipfile
-import zlib
 from pathlib import Path
 
-from service.blobs.zips import LOCAL_MAGIC, ZipRejectedError, open_checked_zip
+from service.blobs.tensors import MAX_PICKLE_BYTES, misplaced_tensor, read_tensors
+from service.blobs.zips import LOCAL_MAGIC, UNREADABLE, ZipRejectedError, open_checked_zip
 from service.contract.errors import ErrorCode, ProblemError
 
 MAX_ENTRIES = 100_000
@@ -40,7 +39,7 @@ def check_model_file(
         raise ProblemError(
             ErrorCode.MODEL_REJECTED_UNSAFE, f"expected an archive as torch.jit.save writes it; in this one {error}"
         ) from error
-    except (zipfile.BadZipFile, zlib.error, EOFError, struct.error, NotImplementedError) as error:
+    except UNREADABLE as error:
         raise _corrupt(f"a file in it cannot be read ({error})") from error
 
 
@@ -75,6 +74,8 @@ def _check_archive(archive: zipfile.ZipFile) -> None:
         raise ZipRejectedError(f"the code is larger than {MAX_CODE_BYTES} bytes")
     for entry in code:
         _check_code(entry.filename, archive.read(entry))
+    for folder, pickle in (("data", members["data.pkl"]), ("constants", members["constants.pkl"])):
+        _check_tensors(archive, members, folder, pickle)
 
 
 def _check_kind(archive: zipfile.ZipFile, members: dict[str, zipfile.ZipInfo], *, has_code: bool) -> None:
@@ -121,6 +122,21 @@ def _check_code(name: str, source: bytes) -> None:
             f"{line}: remove {method} from the module (and quantised packed parameters, which bring it), then script "
             "and save it again",
         )
+
+
+def _check_tensors(
+    archive: zipfile.ZipFile, members: dict[str, zipfile.ZipInfo], folder: str, pickle: zipfile.ZipInfo
+) -> None:
+    if pickle.file_size > MAX_PICKLE_BYTES:
+        return
+
+    def record_bytes(record: str) -> int | None:
+        entry = members.get(f"{folder}/{record.lower()}")
+        return None if entry is None else entry.file_size
+
+    wrong = misplaced_tensor(read_tensors(archive.read(pickle)), record_bytes)
+    if wrong is not None:
+        raise _corrupt(wrong)
 
 
 def _corrupt(found: str) -> ProblemError:

@@ -6,12 +6,11 @@ import math
 import re
 import struct
 import zipfile
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, TypeGuard
 
-from service.blobs.zips import LOCAL_MAGIC, ZipRejectedError, open_checked_zip
+from service.blobs.zips import LOCAL_MAGIC, UNREADABLE, ZipRejectedError, open_checked_zip
 from service.contract.errors import ErrorCode, ProblemError
 
 MAX_ARRAYS = 10_000
@@ -75,7 +74,7 @@ def _read_npz(path: Path, max_unpacked_bytes: int) -> dict[str, ArrayFacts]:
             return {_array_name(entry): _read_member(archive, entry) for entry in archive.infolist()}
     except ZipRejectedError as error:
         raise _invalid(f"a zip of which {error}", _HOW_TO) from error
-    except (zipfile.BadZipFile, zlib.error, EOFError, struct.error) as error:
+    except UNREADABLE as error:
         raise _invalid(f"a damaged zip ({error})", "save and upload the file again") from error
 
 

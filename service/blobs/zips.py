@@ -3,12 +3,23 @@
 import stat
 import struct
 import zipfile
+import zlib
 from pathlib import Path
 
 _END_BYTES = 22
 _END_MAGIC = b"PK\x05\x06"
 _ENCRYPTED = 0x1
 LOCAL_MAGIC = b"PK\x03\x04"
+# What zipfile raises for a member that is damaged or written in a way it does not know.
+UNREADABLE = (
+    zipfile.BadZipFile,
+    zlib.error,
+    struct.error,
+    EOFError,
+    NotImplementedError,
+    RuntimeError,
+    ValueError,
+)
 
 
 class ZipRejectedError(Exception):

@@ -4,11 +4,13 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from sqlalchemy.orm import Session
 
 from service.blobs.store import BlobStore
+from service.blobs.tensors import likely_inputs
 from service.contract import ids
 from service.contract.errors import ErrorCode, FieldError, ProblemError
 from service.contract.resolve import resolve_at_submit
@@ -21,6 +23,8 @@ from service.services import Services
 from service.settings import Settings
 from service.store import jobs
 from service.store.idempotency import Fresh, Replay, complete
+
+_EXAMPLE = [{"shape": [1, 3, 224, 224], "dtype": "float32"}]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,22 +46,32 @@ class Accepted:
     replayed: bool
 
 
-def checked_spec(requested: object, *, with_data: bool) -> JobSpec:
-    """Read the spec and check what can be checked before the model is seen."""
-    spec = parse_spec(requested)
-    if not with_data and spec.example_inputs is None:
+def checked_spec(services: Services, submission: Submission) -> JobSpec:
+    """Read the spec and check what can be checked before the model is loaded."""
+    spec = parse_spec(submission.requested_spec)
+    if submission.dataset is None and spec.example_inputs is None:
+        path = _model_file(services, submission)
+        example = json.dumps((likely_inputs(path) if path is not None else None) or _EXAMPLE)
         message = (
-            "without data the model's inputs are unknown; send data, or give their shapes, for example "
-            '[{"shape": [1, 3, 224, 224], "dtype": "float32"}] with the batch first'
+            "without data the model's inputs are unknown; send data, or say what the model takes, the batch first: "
+            f'for this model try "example_inputs": {example}'
         )
         error = FieldError(pointer="/example_inputs", code="missing", message=message)
         raise ProblemError(ErrorCode.EXAMPLE_INPUTS_MISSING, f"/example_inputs: {message}", errors=[error])
     return spec
 
 
+def _model_file(services: Services, submission: Submission) -> Path | None:
+    """The model's file where it lies on this machine."""
+    if isinstance(submission.model, ReceivedFile):
+        return submission.model.staged.path
+    with services.database.read() as session:
+        return services.blobs.local_path(existing_model(session, submission.owner, submission.model).blob_key)
+
+
 def check_submission(services: Services, submission: Submission) -> dict[str, Any]:
     """Check everything that acceptance checks, and return the resolved spec; nothing is written."""
-    spec = checked_spec(submission.requested_spec, with_data=submission.dataset is not None)
+    spec = checked_spec(services, submission)
     with services.database.read() as session:
         _check_references(session, submission)
     return resolve_at_submit(spec)
@@ -73,7 +87,7 @@ def submit(services: Services, submission: Submission, key: Fresh | Replay | Non
     if isinstance(key, Replay):
         idempotency.check_same(key, fingerprint)
         return Accepted(read_job(services, submission.owner, key.job_id), replayed=True)
-    spec = checked_spec(submission.requested_spec, with_data=submission.dataset is not None)
+    spec = checked_spec(services, submission)
     model_of, dataset_of = _store_files(services, submission)
     job_id = ids.new_id(ids.JOB)
     with services.database.write() as session:
