@@ -1,5 +1,6 @@
 """The job spec, version 1: one meaning of what to do, with every default in one place."""
 
+from math import log10, prod
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, PositiveInt, ValidationError, model_validator
@@ -13,20 +14,34 @@ Auto = Literal["auto"]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
+Magnitude = Annotated[float, Field(ge=1e-12, le=1e12)]  # what single precision can still be multiplied with
 Metric = Literal["macs", "params"]
 Output = Literal["torchscript"]
 
 MU_RANGE = 700.0  # the last μ over the first, whatever the number of steps (methods L.7: 1.3^25)
 FINE_TUNE_EPOCHS = (5, 30)  # bounds of the automatic number
 MAX_EPOCHS = 10_000
+MU_ORDERS_MAX = 20
+EXAMPLE_ELEMENTS_MAX = 2**32
 
 
 class MuSchedule(StrictModel):
     """The penalty weights μ₁ < μ₂ < … of the LC loop."""
 
-    initial: Positive | Auto = "auto"
+    initial: Magnitude | Auto = "auto"
     growth: Annotated[float, Field(gt=1)] | Auto = "auto"
     steps: int = Field(default=25, ge=1, le=1000)
+
+    @model_validator(mode="after")
+    def _ends_in_range(self) -> Self:
+        orders = log10(self.growth_factor) * (self.steps - 1) + (log10(self.initial) if self.initial != "auto" else 0.0)
+        if orders > MU_ORDERS_MAX:
+            raise PydanticCustomError(
+                "mu",
+                "mu would grow to 1e{orders}, above 1e{most}; lower growth, steps or initial",
+                {"orders": round(orders), "most": MU_ORDERS_MAX},
+            )
+        return self
 
     @property
     def growth_factor(self) -> float:
@@ -107,7 +122,7 @@ class Objective(StrictModel):
 class DataSpec(StrictModel):
     """Which arrays of the dataset are what, and how raw values become inputs: (x·scale − mean)/std."""
 
-    inputs: str | list[str] = "inputs"
+    inputs: str | Annotated[list[str], Field(min_length=1)] = "inputs"
     targets: str | list[str] = "targets"
     scale: Positive | None = None
     mean: float | list[float] | None = None
@@ -120,14 +135,24 @@ class ExampleInput(StrictModel):
 
     shape: list[PositiveInt] = Field(min_length=1, max_length=16)
     dtype: Literal["float32", "float64", "int64", "int32", "uint8", "bool"] = "float32"
-    high: PositiveInt | None = None  # exclusive bound of random integers
+    high: Annotated[int, Field(gt=0, lt=2**31)] | None = None  # exclusive bound of random integers
+
+    @model_validator(mode="after")
+    def _can_be_made(self) -> Self:
+        if prod(self.shape) > EXAMPLE_ELEMENTS_MAX:
+            raise PydanticCustomError(
+                "shape",
+                "the shape has {found} elements; at most {most} are accepted",
+                {"found": prod(self.shape), "most": EXAMPLE_ELEMENTS_MAX},
+            )
+        return self
 
 
 class SgdSpec(StrictModel):
     """Stochastic gradient descent."""
 
     type: Literal["sgd"] = "sgd"
-    lr: Positive | Auto = "auto"  # auto: a short range test on a copy; never above 1/μ in the L step
+    lr: Magnitude | Auto = "auto"  # auto: a short range test on a copy; never above 1/μ in the L step
     momentum: float = Field(default=0.9, ge=0, lt=1)
     nesterov: bool = True
     weight_decay: NonNegative = 0.0
