@@ -31,7 +31,7 @@ from worker.engine.teacher import Teacher
 from worker.engine.training import Penalty, Trainer
 
 SLOWDOWN_MAX = 1.05
-ROUNDS, ROUNDS_QUICK = 9, 3
+ROUNDS, ROUNDS_QUICK = 21, 3  # short epochs, often: what else the machine does then hits all loops alike
 LEARNING_RATE, MU, SEED = 1e-3, 1e-3, 0
 SAME_LOSS = 1e-3  # relative; above it the two loops do not do the same work
 CPU = torch.device("cpu")

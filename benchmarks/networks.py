@@ -109,6 +109,6 @@ def workloads(*, quick: bool) -> list[Workload]:
             Workload("lenet300", LeNet300(), (1, 28, 28), 256, 64),
         ]
     return [
-        Workload("resnet20", ResNet(), (3, 32, 32), 1024, 128),
-        Workload("lenet300", LeNet300(), (1, 28, 28), 32768, 256),
+        Workload("resnet20", ResNet(), (3, 32, 32), 512, 128),
+        Workload("lenet300", LeNet300(), (1, 28, 28), 8192, 256),
     ]

@@ -49,8 +49,12 @@ class Penalty:
                 if weight.grad is None:
                     weight.grad = torch.zeros_like(weight)
             gradients = [weight.grad for weight in self.weights if weight.grad is not None]
-            torch._foreach_add_(gradients, list(self.weights), alpha=self.mu)
-            torch._foreach_sub_(gradients, list(self.anchors), alpha=self.mu)
+            if gradients[0].is_cuda:
+                torch._foreach_add_(gradients, list(self.weights), alpha=self.mu)
+                torch._foreach_sub_(gradients, list(self.anchors), alpha=self.mu)
+                return
+            for gradient, weight, anchor in zip(gradients, self.weights, self.anchors, strict=True):
+                gradient.add_(weight, alpha=self.mu).sub_(anchor, alpha=self.mu)  # while it is in the cache
 
     def value(self) -> float:
         """(μ/2) Σ ‖W − A‖²."""
