@@ -232,6 +232,8 @@ def _split(arrays: Arrays, inputs: tuple[str, ...], targets: tuple[str, ...], se
             )
         made = tuple(arrays[prefix + name] for name in inputs), tuple(arrays[prefix + name] for name in targets)
         _check_lengths([prefix + name for name in (*inputs, *targets)], [*made[0], *made[1]])
+        for name in (*inputs, *targets) if prefix else ():
+            _check_alike(prefix + name, arrays[prefix + name], name, arrays[name])
         return made
 
     train, held, test = gather(""), gather("val_"), gather("test_")
@@ -264,6 +266,16 @@ def _split(arrays: Arrays, inputs: tuple[str, ...], targets: tuple[str, ...], se
         "select": Part(*held, np.sort(shuffled[:half])),
         "report": Part(*held, np.sort(shuffled[half:])),
     }
+
+
+def _check_alike(name: str, array: np.ndarray, trained_name: str, trained: np.ndarray) -> None:
+    """Refuse held-out rows that are not as those that are trained on: they would fail when the training is done."""
+    if array.shape[1:] != trained.shape[1:] or (array.dtype.kind == "f") != (trained.dtype.kind == "f"):
+        raise ProblemError(
+            ErrorCode.INPUT_SHAPE_MISMATCH,
+            f"rows of '{name}' have shape {array.shape[1:]} and dtype {array.dtype}, those of '{trained_name}' "
+            f"{trained.shape[1:]} and {trained.dtype}; they must be alike",
+        )
 
 
 def _check_lengths(names: Sequence[str], arrays: Sequence[np.ndarray]) -> None:

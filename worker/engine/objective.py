@@ -113,7 +113,7 @@ class Objective:
     def _check_target(self, name: str, output: Tensor, array: np.ndarray) -> None:
         if self.loss_name == "mse":
             if output.shape[1:].numel() != int(np.prod(array.shape[1:], dtype=np.int64)):
-                raise _misfit(name, output, array.shape, "the same shape")
+                raise _misfit(name, output, array.shape, "the same shape (classes must be stored as integers)")
             return
         class_dim = self.spec.class_dim + (output.dim() if self.spec.class_dim < 0 else 0)
         if not 0 < class_dim < output.dim():
@@ -125,7 +125,7 @@ class Objective:
         classes = output.shape[class_dim]
         expected = [size for axis, size in enumerate(output.shape) if axis != class_dim][1:]
         if list(array.shape[1:]) != expected:
-            raise _misfit(name, output, array.shape, f"one class for each position, (samples, {expected or ''})")
+            raise _misfit(name, output, array.shape, f"one class for each position: rows of shape {tuple(expected)}")
         for start in range(0, len(array), _CHECK_ROWS):
             block = np.asarray(array[start : start + _CHECK_ROWS])
             left_out = block == self.spec.ignore_index

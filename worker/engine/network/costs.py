@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from service.contract.errors import ErrorCode, ProblemError
 from service.contract.plan import ReasonCode
+from worker.engine.forward import out_of_memory
 from worker.engine.network.graphs import Graph, Value, method_names, open_graph, read_graph
 from worker.engine.network.layers import Layer, Shape, count_distinct, layers_of
 from worker.engine.network.load import reload, trim_reason
@@ -84,7 +85,9 @@ def take_census(module: torch.jit.ScriptModule, example_inputs: Sequence[torch.T
     log, watched = _CallLog(), True
     try:
         output, flops = _run(reload(copy), example_inputs, log)
-    except ProblemError:
+    except ProblemError as error:
+        if error.code == ErrorCode.OUT_OF_MEMORY:
+            raise
         # A mark fails on a tensor without dimensions; whether the model itself fails is what matters.
         log, watched = _CallLog(), False
         output, flops = _run(reload(module), example_inputs, log)
@@ -205,7 +208,8 @@ def _run(copy: torch.jit.ScriptModule, example_inputs: Sequence[torch.Tensor], l
         with torch.no_grad(), log, log.counter:
             output = copy(*example_inputs)
     except _RAISED as error:
-        raise _forward_problem(_plain_error(reload(copy), example_inputs) or error, example_inputs) from error
+        plain = None if out_of_memory(error) else _plain_error(reload(copy), example_inputs)
+        raise _forward_problem(plain or error, example_inputs) from error
     return output, int(log.counter.get_total_flops())
 
 
@@ -222,7 +226,7 @@ def _plain_error(copy: torch.jit.ScriptModule, example_inputs: Sequence[torch.Te
 def _forward_problem(error: Exception, example_inputs: Sequence[torch.Tensor]) -> ProblemError:
     reason = trim_reason(error)
     given = ", ".join(f"{str(x.dtype).removeprefix('torch.')}{list(x.shape)}" for x in example_inputs)
-    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in reason:
+    if out_of_memory(error):
         return ProblemError(ErrorCode.OUT_OF_MEMORY, f"One sample ({given}) needs more memory than there is: {reason}.")
     if _SHAPE_COMPLAINTS.search(reason):
         return ProblemError(
