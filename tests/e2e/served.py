@@ -10,6 +10,16 @@ import pytest
 
 COMMAND = [sys.executable, "-c", "from service.cli import main; main()"]
 START_SECONDS, STOP_SECONDS = 60, 40
+# Leases and pauses at a tenth of their length, in the same order.
+QUICK_LEASES = {
+    "HEARTBEAT_SECONDS": "0.5",
+    "SELF_FENCE_SECONDS": "6",
+    "LEASE_SECONDS": "8",
+    "REAP_SECONDS": "9",
+    "RECONCILE_SECONDS": "0.5",
+    "CANCEL_GRACE_SECONDS": "2",
+    "RETRY_BASE_SECONDS": "0.2",
+}
 
 
 @dataclass
@@ -19,16 +29,18 @@ class Service:
     folder: Path
     url: str = ""
     process: subprocess.Popen[bytes] | None = None
+    settings: dict[str, str] = field(default_factory=dict)  # RANKPRESS_… without the prefix
     environment: dict[str, str] = field(default_factory=dict)
 
     def start(self) -> None:
         """Start it on a free port and wait for its URL."""
         self.environment = {name: value for name, value in os.environ.items() if not name.startswith("RANKPRESS_")}
         self.environment |= {"XDG_STATE_HOME": str(self.folder / "state"), "OMP_NUM_THREADS": "1"}
+        told = {f"RANKPRESS_{name}": value for name, value in ({"THREADS": "1"} | self.settings).items()}
         log_path = self.folder / "service.log"
         with log_path.open("w") as log:
             command = [*COMMAND, "serve", "--data", str(self.folder / "data"), "--port", "0"]
-            self.process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=self.environment)
+            self.process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=self.environment | told)
         deadline = time.monotonic() + START_SECONDS
         while self.process.poll() is None and time.monotonic() < deadline:
             found = re.search(r"listens on (http://\S+)", log_path.read_text())
