@@ -18,7 +18,7 @@ from worker.engine.methods.context import Context, Outcome, ProgressMeter
 from worker.engine.methods.learning_rate import range_test
 from worker.engine.observer import Saved
 from worker.engine.rank_rows import final_rows
-from worker.engine.selection.steering import PROHIBITIVE, fill, pressure_for, settle_dense
+from worker.engine.selection.steering import PROHIBITIVE, fill, held_against, pressure_for, settle_dense
 from worker.engine.training import Trainer
 
 STAGE = "fine_tune"
@@ -98,7 +98,10 @@ def _build(
     kept = state_of(module)
     network = assemble(context.source, recipe, context.device, factors, kept)
     load_state(network, kept)
-    norms = [float(target.to(torch.float64).square().sum()) for target in targets]
+    parameters = dict(module.named_parameters())
+    weights = [parameters[str(problem.layer.weight)].detach() for problem in context.network.problems]
+    made = held_against(context.network, weights, made)
+    norms = [float(weight.double().square().sum()) for weight in weights]
     state = live_state(network, recipe)
     return Tuning(recipe, made, norms, step, 0.0, network, state, float("inf"))
 

@@ -30,6 +30,7 @@ from worker.engine.rank_rows import changed, step_rows
 from worker.engine.selection.steering import (
     composed,
     fill,
+    held_against,
     nothing_yet,
     pressure_for,
     project_all,
@@ -87,7 +88,7 @@ class LearningCompression:
         while loop.step < method.mu.steps:
             _step(context, loop, meter)
             context.observer.checkpoint(_save(context, loop), loop.step)
-        targets = [_target(loop, index, _mu(context, loop, loop.step - 1)) for index in range(len(loop.weights))]
+        targets = _last_targets(context, loop)
         return finish(context, (loop.module, targets, loop.projections, loop.step), meter, tuning)
 
     def _direct(self, context: Context) -> Outcome:
@@ -139,7 +140,8 @@ def _step(context: Context, loop: Loop, meter: ProgressMeter) -> None:
     loop.projections = _c_step(context, loop, targets)
     distance = _update_multipliers(context, loop, mu)
     size = context.network.size(loop.projections)
-    rows = step_rows(loop.step, context.network.problems, _norms(loop.weights), loop.projections)
+    held = held_against(context.network, loop.weights, loop.projections)
+    rows = step_rows(loop.step, context.network.problems, _norms(loop.weights), held)
     context.observer.ranks(changed(rows, loop.rows))
     loop.rows = rows
     fraction = size / context.network.dense_size
@@ -289,6 +291,19 @@ def _norms(weights: Sequence[Tensor]) -> list[float]:
 def _target(loop: Loop, index: int, mu: float) -> Tensor:
     """W − β/μ, which the C step projects."""
     return loop.weights[index].detach() - loop.multipliers[index] / mu
+
+
+def _last_targets(context: Context, loop: Loop) -> list[Tensor]:
+    """What the last C step projected: W − β/μ with β as it was before its update, which is Θ − β/μ with β after it."""
+    mu = _mu(context, loop, loop.step - 1)
+    return [
+        weight.detach()
+        if made.dense or not context.spec.method.multipliers
+        else composed(problem, made.factors).to(weight.dtype) - multiplier / mu
+        for problem, weight, made, multiplier in zip(
+            context.network.problems, loop.weights, loop.projections, loop.multipliers, strict=True
+        )
+    ]
 
 
 def _mu(context: Context, loop: Loop, step: int) -> float:

@@ -212,6 +212,16 @@ def composed(problem: LayerProblem, factors: Sequence[Factors]) -> Tensor:
     return torch.stack(parts).sum(dim=0)
 
 
+def held_against(network: Network, weights: Sequence[Tensor], projections: Sequence[Projection]) -> list[Projection]:
+    """Give each projection the error ‖W − Σ Θ‖² to these weights, whatever it was fitted to (W − β/μ)."""
+    return [
+        made
+        if made.dense
+        else replace(made, error=float((weight.detach().double() - composed(problem, made.factors)).square().sum()))
+        for problem, weight, made in zip(network.problems, weights, projections, strict=True)
+    ]
+
+
 def nothing_yet(network: Network, weights: Sequence[Tensor]) -> list[tuple[Factors, ...]]:
     """Θ = 0 for every layer, as the loop begins."""
     return [
