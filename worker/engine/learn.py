@@ -214,15 +214,19 @@ def _require_problems(decisions: Decisions) -> None:
 
 
 def _leave(sources: Sources, context: Context, outcome: Outcome, examples: Sequence[Tensor]) -> None:
-    """Write what the later stages read; the network is compared on held-out inputs."""
-    network = assemble(sources.model, outcome.recipe, context.device)
+    """Write what the later stages read; the network is compared on held-out inputs.
+
+    On the CPU, where the artifact is compared: a CUDA device's TF32 convolutions alone differ by the tolerance.
+    """
+    cpu = torch.device("cpu")
+    network = assemble(sources.model, outcome.recipe, cpu)
     load_state(network, outcome.state)
     network.eval()
     if context.dataset is not None:
         count = min(COMPARED_SAMPLES, context.dataset.size("report"))
-        inputs: Sequence[Tensor] = context.dataset.rows("report", np.arange(count), context.device).inputs
+        inputs: Sequence[Tensor] = context.dataset.rows("report", np.arange(count), cpu).inputs
     else:
-        inputs = examples
+        inputs = [x.to(cpu) for x in examples]
     with torch.no_grad():
         outputs = call(network, inputs)
     compared = {f"input.{i}": x.cpu().contiguous() for i, x in enumerate(inputs)}
