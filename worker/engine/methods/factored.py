@@ -66,7 +66,8 @@ def finish(context: Context, learned: Learned | None, meter: ProgressMeter, epoc
         ``CONSTRAINT_UNREACHABLE`` when no layer became cheaper.
     """
     tuning = _restore(context) if learned is None else _build(context, *learned)
-    context.observer.ranks(final_rows(tuning.step, context.decisions, tuning.norms, tuning.projections))
+    final_step = tuning.step + 1  # behind the last C step, whose rows stay
+    context.observer.ranks(final_rows(final_step, context.decisions, tuning.norms, tuning.projections))
     if context.dataset is not None and epochs > 0:
         context.observer.phase(Phase.FINE_TUNING)
         _train(context, tuning, meter, epochs)
@@ -75,7 +76,7 @@ def finish(context: Context, learned: Learned | None, meter: ProgressMeter, epoc
         "fine_tune_best_epoch": tuning.best_epoch,
         "fine_tune_learning_rate": tuning.rate,
     }
-    return Outcome(tuning.recipe, tuning.best, tuning.projections, tuning.norms, tuning.step, notes)
+    return Outcome(tuning.recipe, tuning.best, tuning.projections, tuning.norms, final_step, notes)
 
 
 def _build(
@@ -92,8 +93,9 @@ def _build(
     if not recipe:
         raise ProblemError(
             ErrorCode.CONSTRAINT_UNREACHABLE,
-            "no layer is worth compressing under this spec: every one stays dense, so the file would not be smaller. "
-            "Lower the budget, or raise method.lambda",
+            f"no layer is worth compressing under this spec: every one stays dense, at {context.network.dense_size} "
+            f"{network_metric(context)}; the smallest size that can be reached is {context.network.least_size}. "
+            + ("Lower the budget" if context.limit is not None else "Raise method.lambda, or lower the ranks"),
         )
     kept = state_of(module)
     network = assemble(context.source, recipe, context.device, factors, kept)

@@ -96,7 +96,7 @@ class LearningCompression:
         module = context.copy()
         weights = _weights(context, module)
         made = _steered(context, weights, _pressure_given(context, DIRECT_MU), None)[1]
-        rows = step_rows(0, context.network.problems, _norms(weights), made)
+        rows = step_rows(1, context.network.problems, _norms(weights), made)
         context.observer.ranks(rows)
         meter = ProgressMeter(context.observer, 1, 1)
         targets = [weight.detach() for weight in weights]
@@ -141,7 +141,7 @@ def _step(context: Context, loop: Loop, meter: ProgressMeter) -> None:
     distance = _update_multipliers(context, loop, mu)
     size = context.network.size(loop.projections)
     held = held_against(context.network, loop.weights, loop.projections)
-    rows = step_rows(loop.step, context.network.problems, _norms(loop.weights), held)
+    rows = step_rows(loop.step + 1, context.network.problems, _norms(loop.weights), held)
     context.observer.ranks(changed(rows, loop.rows))
     loop.rows = rows
     fraction = size / context.network.dense_size
