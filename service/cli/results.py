@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from service.cli.tables import count, percent, table
 from service.contract.plan import Form, LayerPlan, RankRow
-from service.contract.report import Measured, PairedDifference, Report
+from service.contract.report import LATENCY_SLOWER_RATIO, Measured, PairedDifference, Report
 
 _SHARES = frozenset({"accuracy", "agreement"})
 
@@ -39,15 +39,16 @@ def comparison(report: Report) -> str:
 
 def _scores(report: Report) -> list[tuple[str, str, str, str]]:
     differences = {item.name: item for item in report.differences}
-    rows = []
-    for name, before, after in (
-        (report.metric_name, report.reference.metric, report.compressed.metric),
-        ("loss", report.reference.loss, report.compressed.loss),
-    ):
-        if name is not None and after is not None:
-            difference = differences.get(name)
-            rows.append((name, _score(name, before), _score(name, after), _interval(difference) if difference else ""))
-    return rows
+    scores = [(report.metric_name, report.reference.metric, report.compressed.metric)]
+    if report.compressed.loss != report.compressed.metric:  # else the metric is the loss
+        scores.append(("loss", report.reference.loss, report.compressed.loss))
+    if "agreement" in differences:
+        scores.append(("agreement", 1.0, 1.0 + differences["agreement"].difference))
+    return [
+        (name, _score(name, before), _score(name, after), _interval(differences[name]) if name in differences else "")
+        for name, before, after in scores
+        if name is not None and after is not None
+    ]
 
 
 def _score(name: str, value: float | None) -> str:
@@ -68,7 +69,7 @@ def _latencies(reference: Measured, compressed: Measured) -> list[tuple[str, str
     for item in reference.latencies:
         if item.batch_size in after:
             now = after[item.batch_size]
-            slower = "  slower than the reference" if now > item.median_ms else ""
+            slower = "  slower than the reference" if now > LATENCY_SLOWER_RATIO * item.median_ms else ""
             ratio = percent(now / item.median_ms) if item.median_ms > 0 else "–"
             rows.append(
                 (f"latency, batch {item.batch_size}", f"{item.median_ms:.3f} ms", f"{now:.3f} ms", ratio + slower)

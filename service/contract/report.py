@@ -7,6 +7,7 @@ from pydantic import BaseModel, ConfigDict
 from service.contract.plan import LayerPlan
 
 CONFIDENCE = 0.95
+LATENCY_SLOWER_RATIO = 1.05  # less than that is noise
 
 
 class _Part(BaseModel):
@@ -88,7 +89,7 @@ class Report(_Part):
     params_fraction: float
     macs_fraction: float
     file_bytes_fraction: float
-    metric_name: str | None = None  # "accuracy", "mse", "agreement" or "relative_output_error"
+    metric_name: str | None = None  # "accuracy", "mse" or "relative_output_error"
     report_part: str | None = None  # "test", "report" or None: where the scores come from
     report_samples: int = 0
     differences: list[PairedDifference] = []

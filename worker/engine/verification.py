@@ -16,6 +16,7 @@ from torch import Tensor
 from service.contract.errors import ErrorCode, ProblemError
 from service.contract.plan import LayerFacts, RankRow, make_plan
 from service.contract.report import (
+    LATENCY_SLOWER_RATIO,
     BudgetOutcome,
     Fidelity,
     Latency,
@@ -27,6 +28,7 @@ from service.contract.report import (
 )
 from service.contract.resources import ResultSummary
 from service.contract.spec import JobSpec
+from worker.engine.agreement import agreement_difference, same_answers
 from worker.engine.device import choose_device
 from worker.engine.emission import ARTIFACT
 from worker.engine.evaluation import Scores, evaluate, measure_latency, paired_difference
@@ -38,7 +40,6 @@ from worker.engine.network.load import load_model
 
 REPORT = "report.json"
 TOLERANCE = 1e-3  # of the largest output: other kernels, other order of sums; a wrong layer is off by far more
-LATENCY_SLOWER_RATIO = 1.05
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,8 @@ def verify(
         measure_latency([pair.reference, pair.compressed], examples, size)
         for size in sorted({1, spec.training.batch_size if dataset is not None else len(examples[0])})
     ]
-    agreement, relative = _against_reference(pair, load_file(sources.work_dir / EXPECTED), device)
+    expected = load_file(sources.work_dir / EXPECTED)
+    agreement, relative = _against_reference(pair, expected, spec.objective.class_dim, device)
     warnings = [ReportWarning.model_validate(each) for each in plan["warnings"]]
     warnings += _warnings(latencies, device, scored)
     report = Report(
@@ -136,13 +138,14 @@ class Scored:
     part: str
     reference: Scores
     compressed: Scores
+    agreement: PairedDifference | None = None  # with the reference, where there are no targets
 
     def differences(self) -> list[PairedDifference]:
         """Metric and loss, compressed minus reference, with their intervals."""
         made = [paired_difference(self.metric_name, self.compressed.metrics, self.reference.metrics)]
         if self.metric_name == "accuracy":
             made.append(paired_difference("loss", self.compressed.losses, self.reference.losses))
-        return made
+        return made if self.agreement is None else [*made, self.agreement]
 
 
 def summarise(report: Report) -> ResultSummary:
@@ -231,11 +234,14 @@ def _scores(spec: JobSpec, sources: Sources, pair: Pair, device: torch.device) -
     reference = evaluate(pair.reference, dataset, "report", objective, teacher, device)
     compressed = evaluate(pair.compressed, dataset, "report", objective, teacher, device)
     part = "test" if dataset.report_is_test else "report"
-    return Scored(objective.metric_name, part, reference, compressed)
+    agreement = None
+    if objective.loss_name == "distillation" and teacher is not None:
+        agreement = agreement_difference(pair.compressed, dataset, objective, teacher, device)
+    return Scored(objective.metric_name, part, reference, compressed, agreement)
 
 
 def _against_reference(
-    pair: Pair, expected: Mapping[str, Tensor], device: torch.device
+    pair: Pair, expected: Mapping[str, Tensor], class_dim: int, device: torch.device
 ) -> tuple[float | None, float | None]:
     """Share of samples with the same largest output, and the relative error of the outputs, on the compared inputs."""
     count = sum(name.startswith("input.") for name in expected)
@@ -246,10 +252,8 @@ def _against_reference(
     error = sum(float((y.double() - w.double()).square().sum()) for y, w in zip(outputs, wanted, strict=True))
     scale = sum(float(w.double().square().sum()) for w in wanted)
     relative = (error / scale) ** 0.5 if scale > 0 else None
-    first, reference = outputs[0], wanted[0]
-    if first.dim() < 2 or first.shape[1] < 2 or not first.is_floating_point():
-        return None, relative
-    return float((first.argmax(dim=1) == reference.argmax(dim=1)).double().mean()), relative
+    same = same_answers(outputs[0], wanted[0], class_dim)
+    return None if same is None else float(same.mean()), relative
 
 
 def _measured(
