@@ -158,7 +158,7 @@ def _plan(facts: LayerFacts, rows: list[RankRow]) -> LayerPlan:
         relative_error=max((row.relative_error for row in rows), default=0.0),
         compressed_params=sum(row.params for row in rows) if rows else facts.params,
         compressed_macs=_compressed_macs(facts, rows),
-        terms=[_term(row) for row in rows if row.form is not Form.DENSE],
+        terms=[_term(row) for row in sorted(rows, key=lambda row: row.term) if row.form is not Form.DENSE],
         step=rows[0].step if rows else None,
     )
 
