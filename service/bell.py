@@ -8,7 +8,7 @@ import structlog
 from celery import Celery
 from kombu.exceptions import ChannelError
 
-from service.settings import Settings
+from service.settings import EMBEDDED_BROKER, Settings
 
 RUN_NEXT = "worker.tasks.run_next"
 CONNECT_SECONDS = 2  # a 202 waits no longer than this for a broker that is away
@@ -33,7 +33,7 @@ def celery_configuration(settings: Settings) -> dict[str, Any]:
         }
     )
     return {
-        "broker_url": settings.broker_url,
+        "broker_url": _with_host(settings.broker_url),
         "broker_transport_options": transport,
         "broker_connection_retry_on_startup": True,
         "broker_connection_max_retries": None,
@@ -56,6 +56,11 @@ def celery_configuration(settings: Settings) -> dict[str, Any]:
         "worker_redirect_stdouts": False,
         "enable_utc": True,
     }
+
+
+def _with_host(broker_url: str) -> str:
+    """Name a host where the broker in memory has none: kombu warns of its absence at every start."""
+    return f"{EMBEDDED_BROKER}localhost//" if broker_url == EMBEDDED_BROKER else broker_url
 
 
 def make_celery(settings: Settings) -> Celery:

@@ -152,6 +152,10 @@ def _run(app: "FastAPI", listener: socket.socket, announce: Callable[[], None]) 
             if self.started:
                 announce()
 
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            click.echo("stopping; a job that runs goes on at the next start")
+            await super().shutdown(sockets)
+
     config = uvicorn.Config(
         app, log_config=None, access_log=False, server_header=False, timeout_graceful_shutdown=SHUTDOWN_SECONDS
     )

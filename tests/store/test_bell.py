@@ -22,6 +22,12 @@ def test_bells_wait_in_the_queue(bell):
     assert bell.queue_depth(queue) == 3
 
 
+def test_a_bell_in_memory_is_silent(tmp_path, caplog):
+    bell = Bell(make_celery(Settings(data_dir=tmp_path)))
+    assert bell.ring("silent")
+    assert not caplog.records
+
+
 def test_a_bell_carries_the_tasks_name_and_nothing_else(bell):
     bell, queue = bell
     bell.ring(queue)
