@@ -4,7 +4,7 @@ from pathlib import Path
 
 from fastapi import APIRouter, FastAPI
 from fastapi.staticfiles import StaticFiles
-from starlette.responses import HTMLResponse, Response
+from starlette.responses import HTMLResponse, RedirectResponse, Response
 
 STATIC_FILES = Path(__file__).parent.parent / "ui" / "static"
 # Swagger UI sets styles from its script and draws images from data URLs; scripts come from this service alone.
@@ -30,6 +30,12 @@ _PAGE = """<!doctype html>
 """
 
 router = APIRouter()
+
+
+@router.get("/", include_in_schema=False)
+async def root() -> Response:
+    """Whoever opens the address that `serve` prints finds the page."""
+    return RedirectResponse("docs")
 
 
 @router.get("/docs", include_in_schema=False)

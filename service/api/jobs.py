@@ -81,6 +81,7 @@ def read_layers(
 
 
 @router.get("/{id}/report", response_model=Report)
+@router.head("/{id}/report", include_in_schema=False)
 def read_report(request: Request, services: ServicesDep, owner: OwnerDep, job_id: JobId) -> Response:
     """What was measured; 404 until the job has succeeded."""
     found = read.find_report(services, owner, job_id)

@@ -16,7 +16,8 @@ def print_json(document: Any) -> None:
 def print_problem(problem: Problem) -> None:
     """Write a problem and each of its places to standard error."""
     click.echo(f"{click.style('error', fg='red')}: {problem.code.value}: {problem.detail}", err=True)
-    for item in problem.errors:
+    said = f"{problem.errors[0].pointer}: {problem.errors[0].message}" if len(problem.errors) == 1 else None
+    for item in [] if said is not None and said.removeprefix(": ") in problem.detail else problem.errors:
         click.echo(f"  {item.pointer or '/'}: {item.message}", err=True)
     if problem.code is ErrorCode.UNAUTHENTICATED:
         click.echo(

@@ -63,8 +63,9 @@ def test_openapi_lists_the_versioned_roads_only(api: Api) -> None:
 
 
 def test_docs_page_loads_from_this_service_alone(api: Api) -> None:
-    page = api.client.get("/docs")
+    page = api.client.get("/")  # leads to /docs
     assert page.status_code == 200
+    assert page.url.path == "/docs"
     assert "script-src 'self'" in page.headers["content-security-policy"]
     sources = re.findall(r'(?:src|href)="([^"]+)"', page.text)
     assert len(sources) == 4

@@ -135,3 +135,5 @@ def test_report(api: Api) -> None:
     assert (answer.status_code, answer.content) == (200, report)
     assert answer.headers["content-type"] == "application/json"
     assert "content-disposition" not in answer.headers
+    head = api.client.head(f"/v1/jobs/{job['id']}/report")
+    assert (head.status_code, head.content, head.headers["etag"]) == (200, b"", answer.headers["etag"])
