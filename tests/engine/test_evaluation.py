@@ -99,6 +99,23 @@ def test_the_teachers_answers_are_kept_and_are_the_references(
     assert torch.allclose(Teacher(module, dataset, CPU).outputs("train", rows, batch)[0], wanted, atol=1e-6)
 
 
+def test_the_teacher_halves_what_does_not_fit(
+    scored: tuple[torch.jit.ScriptModule, Dataset], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, dataset = scored
+    rows = np.arange(100)
+    batch = dataset.rows("train", rows, CPU)
+    wanted = Teacher(module, dataset, CPU).outputs("train", rows, batch)[0]
+
+    def small(net: torch.jit.ScriptModule, inputs: Any) -> tuple[torch.Tensor, ...]:
+        if len(inputs[0]) > 130:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return (net(*inputs),)
+
+    monkeypatch.setattr("worker.engine.teacher.call", small)
+    assert torch.allclose(Teacher(module, dataset, CPU).outputs("train", rows, batch)[0], wanted, atol=1e-6)
+
+
 def coverage(draw: Any, truth: float, repeats: int = 2000) -> float:
     generator = np.random.default_rng(0)
     hits = 0

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from worker.engine.data import Batch, Dataset, PartName
-from worker.engine.forward import call
+from worker.engine.forward import call, out_of_memory
 
 CACHE_BYTES_MAX = 1 << 30  # outputs of a part up to this size are computed once
 _BATCH_SIZE = 512
@@ -47,5 +47,13 @@ class Teacher:
             bytes_of_part = sum(o.numel() * o.element_size() for o in sample) / len(batch) * self.dataset.size(part)
             if bytes_of_part > CACHE_BYTES_MAX or any(o.dim() == 0 or o.shape[0] != len(batch) for o in sample):
                 return None
-            made = [call(self.module, b.inputs) for b in self.dataset.batches(part, _BATCH_SIZE, self.device)]
+            size = max(_BATCH_SIZE, len(batch))
+            while True:  # a batch that does not fit is halved; the one at hand has fitted
+                try:
+                    made = [call(self.module, b.inputs) for b in self.dataset.batches(part, size, self.device)]
+                    break
+                except (RuntimeError, MemoryError) as error:
+                    if size <= len(batch) or not out_of_memory(error):
+                        raise
+                size = max(size // 2, len(batch))
         return tuple(torch.cat(outputs) for outputs in zip(*made, strict=True))
