@@ -4,9 +4,9 @@ import hashlib
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 
+import bad_models
 import pytest
 from served import Service
 
@@ -24,7 +24,6 @@ ENDLESS = SHORT | {
     "method": {"type": "learning_compression", "mu": {"steps": 1000}},
     "training": {"epochs_per_step": 50, "batch_size": 16},
 }
-CANCEL_SECONDS = 15
 LOADED = """
 import sys, json, numpy, torch
 network = torch.jit.load(sys.argv[1]).eval()
@@ -43,18 +42,6 @@ def spec_file(folder: Path, spec: dict[str, object]) -> Path:
 
 def client_of(service: Service) -> Client:
     return Client(service.url, service.key)
-
-
-def wait_for_step(client: Client, job_id: str) -> None:
-    """Wait until the job has taken a step, so that there is something to lose."""
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        job = client.job(job_id)
-        assert not job.state.terminal, job.problem
-        if job.progress.step >= 1:
-            return
-        time.sleep(0.1)
-    pytest.fail("the job took no step")
 
 
 def test_the_whole_trip(service: Service, model_file: Path, data_file: Path, tmp_path: Path) -> None:
@@ -83,7 +70,7 @@ def test_the_whole_trip(service: Service, model_file: Path, data_file: Path, tmp
         layers = client.layers(job_id, history=True)
         assert [layer.name for layer in layers.items] == ["0", "2", "5"]
         assert layers.history
-        assert {row.step for row in layers.history} > {0}
+        assert len({row.step for row in layers.history}) > 1
         assert any(row.chosen for row in layers.history)
         events = list(client.events(job_id))
         assert [event.id for event in events] == sorted({event.id for event in events})
@@ -103,8 +90,33 @@ def test_a_budget_out_of_reach(service: Service, model_file: Path, data_file: Pa
 
 def test_a_file_that_is_no_model(service: Service, data_file: Path) -> None:
     done = service.rankpress("compress", data_file, "--max-macs-fraction", "0.5", "--json")
-    assert done.returncode in {1, 2}, done.stderr
+    assert done.returncode == 2, done.stderr
     assert json.loads(done.stdout)["problem"]["code"] == "MODEL_NOT_TORCHSCRIPT"
+
+
+def test_a_job_that_fails(service: Service, data_file: Path, tmp_path: Path) -> None:
+    model = bad_models.write(tmp_path / "raises.pt", bad_models.scripted(bad_models.Raises()))
+    done = service.rankpress("compress", model, "--data", data_file, "--max-macs-fraction", "0.5", "--json")
+    assert done.returncode == 1, done.stderr
+    problem = json.loads(done.stdout)["problem"]
+    assert problem["code"] == "MODEL_RAISED"
+    assert "the tide is out" in problem["detail"]
+
+
+def test_no_time_to_wait(service: Service, model_file: Path, data_file: Path, tmp_path: Path) -> None:
+    done = service.rankpress(
+        "compress", model_file, "--data", data_file, "--spec", spec_file(tmp_path, ENDLESS), "--timeout", "1", "--json"
+    )
+    assert done.returncode == 4, done.stderr
+    job = json.loads(done.stdout)["job"]
+    assert not JobState(job["state"]).terminal, "the job goes on"
+    assert service.rankpress("cancel", job["id"]).returncode == 0
+
+
+def test_no_service(service: Service, model_file: Path) -> None:
+    done = service.rankpress("compress", model_file, "--max-macs-fraction", "0.5", "--url", "http://127.0.0.1:9")
+    assert done.returncode == 5, done.stderr
+    assert "127.0.0.1:9" in done.stderr
 
 
 def test_a_wrong_key(service: Service) -> None:
@@ -113,34 +125,7 @@ def test_a_wrong_key(service: Service) -> None:
     assert refused.value.problem.code is ErrorCode.UNAUTHENTICATED
 
 
-def test_cancel_works_within_seconds(service: Service, model_file: Path, data_file: Path) -> None:
-    with client_of(service) as client:
-        job = client.submit(ENDLESS, model=model_file, data=data_file)
-        wait_for_step(client, job.id)
-        assert service.rankpress("cancel", job.id).returncode == 0
-        assert client.wait(job.id, timeout_seconds=CANCEL_SECONDS).state is JobState.CANCELED
-
-
 def test_a_second_service_on_the_same_folder_is_refused(service: Service) -> None:
     second = service.rankpress("serve", "--data", service.folder / "data", "--port", "0", timeout_seconds=60)
     assert second.returncode != 0
     assert "serves it" in second.stderr
-
-
-def test_a_killed_service_takes_its_jobs_up_again(tmp_path: Path, model_file: Path, data_file: Path) -> None:
-    service = Service(tmp_path)
-    service.start()
-    longer = SHORT | {"training": {"epochs_per_step": 15, "batch_size": 32}}
-    with client_of(service) as client:
-        job = client.submit(longer, model=model_file, data=data_file, name="survivor")
-        wait_for_step(client, job.id)
-    service.kill()
-    service.start()
-    try:
-        with client_of(service) as client:
-            ended = client.wait(job.id, timeout_seconds=200)
-            assert ended.state is JobState.SUCCEEDED, ended.problem
-            assert ended.name == "survivor"
-            assert client.download(client.artifacts(job.id)[0], tmp_path / "artifact")
-    finally:
-        assert service.stop() == 0
