@@ -61,7 +61,7 @@ REASON_MEANINGS: dict[ReasonCode, str] = {
     ReasonCode.NO_RULE: "No rule of the spec matches the layer.",
     ReasonCode.NO_TERM_APPLICABLE: "None of the rule's terms applies to this kind of layer.",
     ReasonCode.NOT_CHEAPER: "No rank of the layer's terms costs less than the dense layer.",
-    ReasonCode.DENSE_PREFERRED: "Within the budget the dense layer was worth its cost.",
+    ReasonCode.DENSE_PREFERRED: "The loop found the dense layer worth its cost, or no form was cheaper in the end.",
     ReasonCode.TERM_NOT_APPLICABLE: "The term does not apply to this kind of layer and was dropped.",
     ReasonCode.TERMS_NOT_DISTINCT: "For this layer the term is the same matrix as an earlier one and was dropped.",
     ReasonCode.RANK_ABOVE_BREAK_EVEN: "The fixed rank costs no less than the dense layer; the term was left out.",

@@ -118,9 +118,11 @@ def _settle(context: Context, targets: Sequence[Tensor], projections: Sequence[P
             continue
         kept = [replace(choice, rank_low=rank) for choice, rank in zip(problem.choices, projection.ranks, strict=True)]
         made.append(project(target, kept, PROHIBITIVE, rank_total_low=problem.rank_total_low))
-    made = settle_dense(network, made)
+    settled = settle_dense(network, made)
     if context.limit is None:
-        return made
+        return settled
+    freed = network.size(settled) < network.size(made)
+    made = fill(network, targets, settled, context.limit) if freed else settled
     if network.size(made) > context.limit:
         _, made = pressure_for(network, targets, context.limit, warm=[each.factors for each in made])
         made = settle_dense(network, fill(network, targets, made, context.limit))
@@ -258,7 +260,7 @@ def _restore(context: Context) -> Tuning:
             for choice, rank in zip(problem.choices, kept["ranks"], strict=True)
         )
         projections.append(Projection(factors, kept["error"], kept["objective"], 0, kept["dense"]))
-    context.resolved.update(state["resolved"])
+    context.resolved.update({**state["resolved"], "device": context.device.type})
     context.observer.resolved(context.resolved)
     return Tuning(
         state["recipe"],

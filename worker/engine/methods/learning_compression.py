@@ -137,7 +137,7 @@ def _step(context: Context, loop: Loop, meter: ProgressMeter) -> None:
         loop.pressure *= _mu(context, loop, loop.step - 1) / mu
     loss, penalty = _l_step(context, loop, mu, meter)
     targets = [_target(loop, index, mu) for index in range(len(loop.weights))]
-    loop.projections = _c_step(context, loop, targets)
+    loop.projections, pressure = _c_step(context, loop, targets)
     distance = _update_multipliers(context, loop, mu)
     size = context.network.size(loop.projections)
     held = held_against(context.network, loop.weights, loop.projections)
@@ -151,7 +151,7 @@ def _step(context: Context, loop: Loop, meter: ProgressMeter) -> None:
             "step": loop.step + 1,
             "total_steps": context.spec.method.mu.steps,
             "mu": mu,
-            "lambda": loop.pressure * mu / 2,
+            "lambda": pressure * mu / 2,
             "loss": loss,
             "penalty": penalty,
             "distance": distance,
@@ -194,19 +194,23 @@ def _l_step(context: Context, loop: Loop, mu: float, meter: ProgressMeter) -> tu
     )
 
 
-def _c_step(context: Context, loop: Loop, targets: Sequence[Tensor]) -> list[Projection]:
-    """Project, and steer λ towards the budget (methods L.7)."""
+def _c_step(context: Context, loop: Loop, targets: Sequence[Tensor]) -> tuple[list[Projection], float]:
+    """Project, and steer λ towards the budget (methods L.7); also returns the pressure of this projection.
+
+    Where ranks are held within the budget the alternation runs until it stalls, whatever the spec's number of sweeps.
+    """
     method, network = context.spec.method, context.network
     sweeps = method.c_step.sweeps if method.c_step.sweeps != "auto" else None
     share = (loop.step + 1) / method.mu.steps
     if context.limit is not None and share > HOLD_FROM:
         start = max(loop.pressure, 1e-30)
         loop.pressure, made = pressure_for(network, targets, context.limit, start=start, warm=loop.factors())
-        return fill(network, targets, made, context.limit)
-    made = project_all(network, targets, loop.pressure, loop.factors(), sweeps)
+        return fill(network, targets, made, context.limit), loop.pressure
+    pressure = loop.pressure
+    made = project_all(network, targets, pressure, loop.factors(), sweeps)
     if context.limit is not None and share > ADAPT_FROM:
         loop.pressure *= (network.size(made) / context.limit) ** 0.5
-    return made
+    return made, pressure
 
 
 def _update_multipliers(context: Context, loop: Loop, mu: float) -> float:
