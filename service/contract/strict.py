@@ -8,9 +8,9 @@ from pydantic_core import PydanticCustomError
 
 
 class StrictModel(BaseModel):
-    """A part of the spec; immutable, and closed against unknown fields."""
+    """A part of the spec; immutable, closed against unknown fields, and strict as its schema: "25" is no number."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, populate_by_name=True, allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod

@@ -19,7 +19,7 @@ class GeneralReshape(StrictModel):
 
     view: list[PositiveInt] = Field(min_length=1, max_length=16)
     permute: list[Rank] = Field(min_length=1, max_length=16)
-    matrix: tuple[PositiveInt, PositiveInt]
+    matrix: Annotated[tuple[PositiveInt, PositiveInt], Field(strict=False)]  # a list in JSON
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:

@@ -34,6 +34,9 @@ SPECS: dict[str, tuple[Any, str, str]] = {
     "fraction 0": ({"budget": {"max_macs_fraction": 0}}, "SPEC_INVALID", "/budget/max_macs_fraction"),
     "fraction 2": ({"budget": {"max_macs_fraction": 2}}, "SPEC_INVALID", "/budget/max_macs_fraction"),
     "fraction text": ({"budget": {"max_params_fraction": "half"}}, "SPEC_INVALID", "/budget/max_params_fraction"),
+    "fraction in quotes": ({"budget": {"max_params_fraction": "0.5"}}, "SPEC_INVALID", "/budget/max_params_fraction"),
+    "true for a number": ({**SPEC, "seed": True}, "SPEC_INVALID", "/seed"),
+    "a word for a flag": ({**SPEC, "method": {"multipliers": "no"}}, "SPEC_INVALID", "/method/multipliers"),
     "version 2": ({**SPEC, "version": 2}, "SPEC_INVALID", "/version"),
     "twice the same term": (
         {

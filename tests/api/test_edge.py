@@ -48,7 +48,7 @@ def test_methods(api: Api, method: str, path: str, allowed: str) -> None:
     assert answer.headers["allow"] == allowed
 
 
-@pytest.mark.parametrize("path", ["/", "/v2/jobs", "/v1", "/v1/jobs/a/b/c/d", "/%00", "/v1/artifacts/x", "/models"])
+@pytest.mark.parametrize("path", ["/v2/jobs", "/v1", "/v1/jobs/a/b/c/d", "/%00", "/v1/artifacts/x", "/models"])
 def test_paths(api: Api, path: str) -> None:
     assert_problem(api.client.get(path), 404, "NOT_FOUND")
 
