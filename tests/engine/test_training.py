@@ -153,8 +153,10 @@ def test_one_sample_at_a_time_still_trains(tmp_path: Path) -> None:
 
 def test_a_single_sample_left_over_is_passed_over(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, batch_size=79)  # of 80
-    updates = []
-    trainer.epoch(trainer.optimizer(0.01), PLACE, on_update=lambda: updates.append(1))
+    optimizer = trainer.optimizer(0.01)
+    updates: list[int] = []
+    optimizer.register_step_post_hook(lambda *_: updates.append(1))
+    trainer.epoch(optimizer, PLACE)
     assert len(updates) == 1
 
 

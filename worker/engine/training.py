@@ -1,8 +1,8 @@
 """The one training loop: the L step and the training of the factored network."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from math import isfinite
+from math import inf, isfinite
 
 import numpy as np
 import torch
@@ -122,8 +122,9 @@ class Trainer:
         optimizer: torch.optim.Optimizer,
         place: Sequence[int],
         penalty: Penalty | None = None,
-        on_update: Callable[[], None] | None = None,
+        *,
         updates_max: int | None = None,
+        loss_limit: float = inf,
     ) -> float:
         """Train one epoch; return the mean loss, without the penalty.
 
@@ -133,7 +134,8 @@ class Trainer:
         Raises
         ------
         ProblemError
-            ``DIVERGED`` when the loss is no longer finite, ``OUT_OF_MEMORY`` when a quarter of the batch does not fit.
+            ``DIVERGED`` when the loss is no longer finite or above `loss_limit`, ``OUT_OF_MEMORY`` when a quarter of
+            the batch does not fit.
         """
         torch.manual_seed(int(np.random.SeedSequence([self.seed, *place]).generate_state(1)[0]))
         order = epoch_order(self.dataset.size("train"), self.seed, *place)
@@ -148,13 +150,13 @@ class Trainer:
             loss = self._update(optimizer, positions, penalty)
             total += loss * len(positions)
             count += len(positions)
-            if on_update is not None:
-                on_update()
         mean = float(total) / max(count, 1)
         if not isfinite(mean) or not self._finite():
             raise ProblemError(
                 ErrorCode.DIVERGED, "the training loss is no longer a number; lower training.optimizer.lr"
             )
+        if mean > loss_limit:
+            raise ProblemError(ErrorCode.DIVERGED, f"the training loss rose to {mean:.3g}; lower training.optimizer.lr")
         return mean
 
     def _finite(self) -> bool:

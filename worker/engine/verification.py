@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from platform import machine, processor, python_version
 from typing import Any
@@ -14,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from service.contract.errors import ErrorCode, ProblemError
-from service.contract.plan import LayerFacts, RankRow, make_plan
+from service.contract.plan import LayerFacts, LayerPlan, RankRow, make_plan
 from service.contract.report import (
     LATENCY_SLOWER_RATIO,
     BudgetOutcome,
@@ -79,7 +80,8 @@ def verify(
     """
     plan = json.loads((sources.work_dir / FINAL_PLAN).read_text(encoding="utf-8"))
     artifact = sources.work_dir / ARTIFACT
-    difference, compared = _compare(artifact, load_file(sources.work_dir / EXPECTED))
+    expected = load_file(sources.work_dir / EXPECTED)
+    difference, compared = _compare(artifact, expected)
     device = choose_device(spec.device)
     pair = Pair(load_model(sources.model, device), _stock_load(artifact, device))
     dataset = open_dataset(sources, spec, pair.reference)
@@ -91,7 +93,6 @@ def verify(
         measure_latency([pair.reference, pair.compressed], examples, size)
         for size in sorted({1, spec.training.batch_size if dataset is not None else len(examples[0])})
     ]
-    expected = load_file(sources.work_dir / EXPECTED)
     agreement, relative = _against_reference(pair, expected, spec.objective.class_dim, device)
     warnings = [ReportWarning.model_validate(each) for each in plan["warnings"]]
     warnings += _warnings(latencies, device, scored)
@@ -117,17 +118,24 @@ def verify(
         thread_count=torch.get_num_threads(),
         seed=spec.seed,
         hashes={**hashes, "artifact": hashlib.sha256(artifact.read_bytes()).hexdigest()},
-        versions={"torch": torch.__version__, "numpy": np.__version__, "python": python_version()},
+        versions=_versions(),
         phases=phases(),
         warnings=warnings,
         training=plan["notes"],
-        layers=make_plan(
-            [LayerFacts.model_validate(each) for each in plan["facts"]],
-            [RankRow.model_validate(each) for each in plan["rows"]],
-        ),
+        layers=_layer_plan(plan),
     )
     (sources.work_dir / REPORT).write_text(report.model_dump_json(), encoding="utf-8")
     return report
+
+
+def _layer_plan(plan: Mapping[str, Any]) -> list[LayerPlan]:
+    facts = [LayerFacts.model_validate(each) for each in plan["facts"]]
+    return make_plan(facts, [RankRow.model_validate(each) for each in plan["rows"]])
+
+
+def _versions() -> dict[str, str]:
+    found = {"torch": torch.__version__, "numpy": np.__version__, "python": python_version()}
+    return found | {"rankpress": version("rankpress")}
 
 
 @dataclass(frozen=True)

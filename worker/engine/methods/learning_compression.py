@@ -9,6 +9,7 @@ network is trained (methods L.7 has the measurements behind each of these).
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import inf
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from worker.engine.csteps.additive import Projection
 from worker.engine.forms.low_rank import Factors
 from worker.engine.methods.context import Context, Outcome, ProgressMeter
 from worker.engine.methods.factored import finish
-from worker.engine.methods.learning_rate import range_test, step_rate
+from worker.engine.methods.learning_rate import loss_limit, range_test, step_rate
 from worker.engine.observer import Saved
 from worker.engine.rank_rows import changed, step_rows
 from worker.engine.selection.steering import (
@@ -61,6 +62,7 @@ class Loop:
     step: int = 0
     rate_scale: float = 1.0
     rows: list[RankRow] = field(default_factory=list)
+    loss_limit: float = inf
 
     def factors(self) -> list[tuple[Factors, ...]]:
         """Θ of each layer."""
@@ -85,6 +87,7 @@ class LearningCompression:
         if stage not in {None, STAGE}:
             return finish(context, None, meter, tuning)
         loop = _restore(context) if stage == STAGE else _begin(context)
+        loop.loss_limit = loss_limit(context.trainer(loop.module))
         while loop.step < method.mu.steps:
             _step(context, loop, meter)
             context.observer.checkpoint(_save(context, loop), loop.step)
@@ -175,7 +178,8 @@ def _l_step(context: Context, loop: Loop, mu: float, meter: ProgressMeter) -> tu
         loss, made = 0.0, 0
         try:
             for epoch in range(context.spec.training.epochs_per_step):
-                loss = trainer.epoch(optimizer, (LEARNING_STREAM, loop.step, epoch), penalty)
+                place = (LEARNING_STREAM, loop.step, epoch)
+                loss = trainer.epoch(optimizer, place, penalty, loss_limit=loop.loss_limit)
                 made += 1
                 meter.advance(loop.step, 1, loss=loss)
         except ProblemError as error:
@@ -190,7 +194,8 @@ def _l_step(context: Context, loop: Loop, mu: float, meter: ProgressMeter) -> tu
         return loss, penalty.value()
     raise ProblemError(
         ErrorCode.DIVERGED,
-        f"step {loop.step + 1} diverges even at a learning rate of {loop.rate * loop.rate_scale:.3g}",
+        f"step {loop.step + 1} diverges even at a learning rate of {loop.rate * loop.rate_scale:.3g}; lower "
+        "training.optimizer.lr, or leave it to the range test",
     )
 
 

@@ -13,6 +13,7 @@ from worker.engine.training import Trainer
 CANDIDATES = (0.2, 0.1, 0.05, 0.02, 0.01, 0.005, 0.002, 0.001)  # tried from the top
 WORSE_MAX = 2  # this many candidates in a row that do worse than the best end the test
 RANGE_TEST_UPDATES = 20
+EXPLODED_RATIO = 10.0
 RANGE_TEST_STAGE = 0x1A  # a stream of its own for the order of samples
 PROBE_SAMPLES = 1024
 DECAY_OVER_RUN = 0.95**25  # methods L.7: 0.95 per step over 25 steps
@@ -66,8 +67,22 @@ def step_rate(initial: float, step: int, steps: int, mu: float) -> float:
     return float(min(initial * DECAY_OVER_RUN ** (step / max(steps, 1)), 1.0 / mu))
 
 
+def loss_limit(trainer: Trainer) -> float:
+    """Return the mean loss above which an epoch counts as diverged: ten times that of a network that answers zeros.
+
+    A loss that explodes without becoming NaN would otherwise go on through C steps and ruin the ranks.
+    """
+    limit = EXPLODED_RATIO * _mean_objective(trainer, zeros=True)
+    return limit if limit > 0 else inf
+
+
 def _probe(trainer: Trainer) -> float:
     """Objective on the first training samples, in evaluation mode."""
+    mean = _mean_objective(trainer)
+    return mean if np.isfinite(mean) else inf
+
+
+def _mean_objective(trainer: Trainer, *, zeros: bool = False) -> float:
     positions = np.arange(min(PROBE_SAMPLES, trainer.dataset.size("train")))
     trainer.module.eval()
     total = 0.0
@@ -76,8 +91,8 @@ def _probe(trainer: Trainer) -> float:
             rows = positions[start : start + trainer.micro_batch_size]
             batch = trainer.dataset.rows("train", rows, trainer.device)
             wanted = trainer.teacher.outputs("train", rows, batch) if trainer.teacher is not None else None
-            total += float(trainer.objective.loss(call(trainer.module, batch.inputs), batch.targets, wanted)) * len(
-                rows
-            )
-    mean = total / len(positions)
-    return mean if np.isfinite(mean) else inf
+            outputs = call(trainer.module, batch.inputs)
+            if zeros:
+                outputs = tuple(torch.zeros_like(output) for output in outputs)
+            total += float(trainer.objective.loss(outputs, batch.targets, wanted)) * len(rows)
+    return total / len(positions)
