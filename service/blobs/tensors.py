@@ -18,6 +18,7 @@ _ITEM_BYTES = {
 _PUSHED = frozenset({"BININT", "BININT1", "BININT2", "LONG1", "BINUNICODE", "SHORT_BINUNICODE", "BINFLOAT"})
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
 _MARK, _OTHER = object(), object()
+_AXES_MAX = 64  # as in torch
 _IMAGE_SIDE, _TOKENS = 32, 16
 
 
@@ -77,7 +78,11 @@ def misplaced_tensor(tensors: Sequence[StoredTensor], record_bytes: Callable[[st
             return f"the values of {tensor.name!r} are missing in it"
         if found < claimed:
             return f"{tensor.name!r} needs {claimed} bytes and has {found}"
-        if tensor.offset < 0 or min(tensor.strides, default=0) < 0 or tensor.extent > tensor.storage_size:
+        if (
+            tensor.offset < 0
+            or min((*tensor.shape, *tensor.strides), default=0) < 0
+            or tensor.extent > tensor.storage_size
+        ):
             return f"{tensor.name!r} reaches beyond its own values"
     return None
 
@@ -159,7 +164,11 @@ class _Machine:
         if made == _Global("torch._utils _rebuild_tensor_v2"):
             storage, offset, shape, strides = arguments[:4]
             item_bytes = _ITEM_BYTES.get(storage.kind) if isinstance(storage, _Storage) else None
-            if item_bytes is not None and len(shape) == len(strides):
+            if len(shape) != len(strides) or len(shape) > _AXES_MAX:
+                raise _Unfamiliar
+            if not all(type(number) is int for number in (offset, *shape, *strides)):
+                raise _Unfamiliar
+            if item_bytes is not None:
                 name = self._stack[-1] if self._stack and isinstance(self._stack[-1], str) else "a constant"
                 described = StoredTensor(
                     name, self._owner, storage.record, item_bytes, storage.size, offset, shape, strides

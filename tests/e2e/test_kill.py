@@ -23,8 +23,8 @@ STEPS = 30
 MANY_STEPS: dict[str, Any] = {
     "budget": {"max_params_fraction": 0.5},
     "method": {"mu": {"steps": STEPS}},
-    "training": {"epochs_per_step": 8, "batch_size": 32, "optimizer": {"lr": 0.02}},
-    "fine_tune": {"epochs": 5},
+    "training": {"epochs_per_step": 6, "batch_size": 32, "optimizer": {"lr": 0.02}},
+    "fine_tune": {"epochs": 2},
     "device": "cpu",
 }
 ENDLESS_LEARNING = MANY_STEPS | {"training": MANY_STEPS["training"] | {"epochs_per_step": 10_000}}

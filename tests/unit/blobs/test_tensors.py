@@ -95,3 +95,8 @@ def test_a_tensor_that_reaches_beyond_its_values_is_refused(tmp_path: Path) -> N
 @pytest.mark.parametrize("pickle", [b"", b"\x80\x02", b"\x80\x02t.", b"\x80\x02K\x01R.", b"\x80\x02h\x05.", b"cos\nq."])
 def test_an_unfamiliar_pickle_holds_no_tensors(pickle: bytes) -> None:
     assert read_tensors(pickle) == []
+
+
+def test_sizes_that_are_no_numbers_are_left_to_torch(tmp_path: Path) -> None:
+    pickle = pickle_of(saved(nn.Linear(4, 4), tmp_path / "net.pt"))
+    assert read_tensors(pickle.replace(b"K\x04K\x04t", b"NK\x04t", 1)) == []
