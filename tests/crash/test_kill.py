@@ -127,7 +127,10 @@ def test_a_stopped_service_is_overtaken_and_its_ghost_writes_nothing(house, star
     job_id = house.submit({"learn": learn})
     host = start_host()
     child = running_child(house, job_id, tmp_path)
-    host.send_signal(signal.SIGSTOP)
+    # Under the test's own write lock: a process that is stopped inside a transaction would keep SQLite's one lock.
+    with house.database.write():
+        host.send_signal(signal.SIGSTOP)
+        house.wait(lambda: psutil.Process(host.pid).status() == psutil.STATUS_STOPPED, seconds=3.0)
     os.kill(child, signal.SIGSTOP)
     time.sleep(house.settings.reap_seconds + 0.2)
     from service.reconcile import Reconciler
