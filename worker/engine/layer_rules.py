@@ -14,6 +14,8 @@ from worker.engine.forms.low_rank import LowRankTerm
 from worker.engine.forms.reshape import reshape_of
 from worker.engine.network.layers import Layer
 
+UNITS: dict[Metric, str] = {"macs": "multiply-adds", "params": "parameters"}  # of a size, in words
+
 
 @dataclass(frozen=True)
 class DroppedTerm:

@@ -14,6 +14,7 @@ from torch import Tensor
 from service.contract.errors import ErrorCode, ProblemError
 from service.contract.events import EventKind
 from service.contract.plan import REASON_MEANINGS
+from service.contract.resolve import resolve_at_submit
 from service.contract.spec import JobSpec
 from service.contract.states import Phase
 from worker.engine.assembly import assemble, load_state
@@ -22,7 +23,7 @@ from worker.engine.data_files import open_arrays
 from worker.engine.device import choose_device
 from worker.engine.examples import example_inputs, suggestion
 from worker.engine.forward import call, call_nested, flatten, names_of
-from worker.engine.layer_rules import Decisions, apply_rules, size_metric
+from worker.engine.layer_rules import UNITS, Decisions, apply_rules, size_metric
 from worker.engine.methods.context import Context, Outcome
 from worker.engine.methods.registry import method_for
 from worker.engine.network.costs import Census, take_census
@@ -31,7 +32,6 @@ from worker.engine.network.load import load_model
 from worker.engine.network.operators import reject_unsafe_operators
 from worker.engine.objective import Objective, pair_targets, resolve_loss
 from worker.engine.observer import Observer, Saved
-from worker.engine.rank_rows import final_rows
 from worker.engine.selection.steering import Network
 from worker.engine.teacher import Teacher
 
@@ -90,7 +90,7 @@ def learn(sources: Sources, spec: JobSpec, observer: Observer, saved: Saved | No
         )
     observer.phase(Phase.INSPECTING)
     examples = example_inputs(spec, dataset, device)
-    census = take_census(load_model(sources.model, device), tuple(x[:1] for x in examples))
+    census = take_census(reference, tuple(x[:1] for x in examples))
     context = _context(sources, spec, observer, device, census, dataset, reference, examples, saved)
     outcome = method_for(spec.method.type).run(context)
     _leave(sources, context, outcome, examples)
@@ -149,10 +149,9 @@ def _context(
     network = Network(tuple(decisions.problems), total - sum(problem.dense_size for problem in decisions.problems))
     limit = None if spec.budget is None else spec.budget.limit(total)
     if limit is not None and network.least_size > limit:
-        unit = "multiply-adds" if metric == "macs" else "parameters"
         raise ProblemError(
             ErrorCode.CONSTRAINT_UNREACHABLE,
-            f"the budget is {limit} {unit}, but with every layer at its lowest rank the network has "
+            f"the budget is {limit} {UNITS[metric]}, but with every layer at its lowest rank the network has "
             f"{network.least_size} ({network.least_size / total:.4f} of the reference's {total}): the rest is in what "
             "stays dense. Raise the budget, or let more layers or other terms be compressed",
         )
@@ -169,7 +168,7 @@ def _context(
         teacher=made[1] if made else None,
         observer=observer,
         saved=saved,
-        resolved=spec.on_the_wire(),
+        resolved=resolve_at_submit(spec),
     )
     _resolve_what_is_known(context, examples)
     return context
@@ -177,9 +176,6 @@ def _context(
 
 def _resolve_what_is_known(context: Context, examples: Sequence[Tensor]) -> None:
     spec, resolved = context.spec, context.resolved
-    resolved["method"]["mu"]["growth"] = spec.method.mu.growth_factor
-    epochs = spec.method.mu.steps * spec.training.epochs_per_step
-    resolved["fine_tune"]["epochs"] = spec.fine_tune.resolved_epochs(epochs)
     resolved["cost"] = spec.cost_weights().model_dump(mode="json")
     resolved["device"] = context.device.type
     if context.objective is not None:
@@ -234,7 +230,6 @@ def _leave(sources: Sources, context: Context, outcome: Outcome, examples: Seque
     save_file(compared, sources.work_dir / EXPECTED)
     save_file(dict(outcome.state), sources.work_dir / FINAL_STATE)
     budget = context.spec.budget
-    chosen = final_rows(outcome.step, context.decisions, outcome.norms, outcome.projections)
     plan = {
         "recipe": outcome.recipe,
         "notes": outcome.notes,
@@ -243,7 +238,7 @@ def _leave(sources: Sources, context: Context, outcome: Outcome, examples: Seque
         "metric": size_metric(context.spec),
         "has_budget": budget is not None,
         "facts": [facts.model_dump(mode="json") for facts in context.decisions.facts],
-        "rows": [row.model_dump(mode="json") for row in chosen],
+        "rows": [row.model_dump(mode="json") for row in outcome.rows],
         "warnings": [warning.model_dump(mode="json") for warning in context.decisions.warnings],
         "device": context.device.type,
     }

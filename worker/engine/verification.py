@@ -30,6 +30,7 @@ from service.contract.report import (
 from service.contract.resources import ResultSummary
 from service.contract.spec import JobSpec
 from worker.engine.agreement import agreement_difference, same_answers
+from worker.engine.data import Dataset
 from worker.engine.device import choose_device
 from worker.engine.emission import ARTIFACT
 from worker.engine.evaluation import Scores, evaluate, measure_latency, paired_difference
@@ -88,7 +89,7 @@ def verify(
     examples = example_inputs(spec, dataset, device)
     sizes = [_sizes(path, examples) for path in (sources.model, artifact)]
     budget = _budget(spec, plan, sizes[0], sizes[1])
-    scored = _scores(spec, sources, pair, device)
+    scored = _scores(spec, dataset, pair, device)
     latencies = [
         measure_latency([pair.reference, pair.compressed], examples, size)
         for size in sorted({1, spec.training.batch_size if dataset is not None else len(examples[0])})
@@ -232,9 +233,8 @@ def _budget(
     )
 
 
-def _scores(spec: JobSpec, sources: Sources, pair: Pair, device: torch.device) -> Scored | None:
+def _scores(spec: JobSpec, dataset: Dataset | None, pair: Pair, device: torch.device) -> Scored | None:
     """Score both networks on the report part, which nothing was chosen on."""
-    dataset = open_dataset(sources, spec, pair.reference)
     made = make_objective(spec, dataset, pair.reference, device)
     if dataset is None or made is None:
         return None

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from service.contract.events import Progress
+from service.contract.plan import RankRow
 from service.contract.spec import JobSpec
 from worker.engine.assembly import Recipe
-from worker.engine.csteps.additive import Projection
 from worker.engine.data import Dataset
 from worker.engine.layer_rules import Decisions
 from worker.engine.network.load import load_model
@@ -101,21 +101,15 @@ class Outcome:
         What each compressed layer becomes.
     state : mapping of str to Tensor
         Parameters and buffers of the factored network.
-    projections : list of Projection
-        Final choice of each problem.
-    norms : list of float
-        ‖W‖² that the relative errors refer to.
-    step : int
-        Number of the final rank configuration.
+    rows : list of RankRow
+        The final choice for every layer of the model.
     notes : mapping
         Facts of the training for the report.
     """
 
     recipe: Recipe
     state: Mapping[str, Tensor]
-    projections: list[Projection]
-    norms: list[float]
-    step: int
+    rows: list[RankRow]
     notes: dict[str, Any]
 
 

@@ -14,6 +14,7 @@ from worker.engine.assembly import Recipe, assemble, live_state, load_state, mak
 from worker.engine.csteps.additive import Projection, project
 from worker.engine.evaluation import evaluate
 from worker.engine.forms.low_rank import Factors
+from worker.engine.layer_rules import UNITS, size_metric
 from worker.engine.methods.context import Context, Outcome, ProgressMeter
 from worker.engine.methods.learning_rate import range_test
 from worker.engine.observer import Saved
@@ -67,7 +68,8 @@ def finish(context: Context, learned: Learned | None, meter: ProgressMeter, epoc
     """
     tuning = _restore(context) if learned is None else _build(context, *learned)
     final_step = tuning.step + 1  # behind the last C step, whose rows stay
-    context.observer.ranks(final_rows(final_step, context.decisions, tuning.norms, tuning.projections))
+    rows = final_rows(final_step, context.decisions, tuning.norms, tuning.projections)
+    context.observer.ranks(rows)
     if context.dataset is not None and epochs > 0:
         context.observer.phase(Phase.FINE_TUNING)
         _train(context, tuning, meter, epochs)
@@ -76,7 +78,7 @@ def finish(context: Context, learned: Learned | None, meter: ProgressMeter, epoc
         "fine_tune_best_epoch": tuning.best_epoch,
         "fine_tune_learning_rate": tuning.rate,
     }
-    return Outcome(tuning.recipe, tuning.best, tuning.projections, tuning.norms, final_step, notes)
+    return Outcome(tuning.recipe, tuning.best, rows, notes)
 
 
 def _build(
@@ -94,7 +96,8 @@ def _build(
         raise ProblemError(
             ErrorCode.CONSTRAINT_UNREACHABLE,
             f"no layer is worth compressing under this spec: every one stays dense, at {context.network.dense_size} "
-            f"{network_metric(context)}; the smallest size that can be reached is {context.network.least_size}. "
+            f"{UNITS[size_metric(context.spec)]}; the smallest size that can be reached is "
+            f"{context.network.least_size}. "
             + ("Lower the budget" if context.limit is not None else "Raise method.lambda, or lower the ranks"),
         )
     kept = state_of(module)
@@ -129,15 +132,10 @@ def _settle(context: Context, targets: Sequence[Tensor], projections: Sequence[P
     if network.size(made) > context.limit:
         raise ProblemError(
             ErrorCode.CONSTRAINT_UNREACHABLE,
-            f"the smallest size reached is {network.size(made)} {network_metric(context)} of at most {context.limit}",
+            f"the smallest size reached is {network.size(made)} {UNITS[size_metric(context.spec)]} of at most "
+            f"{context.limit}",
         )
     return made
-
-
-def network_metric(context: Context) -> str:
-    """Unit of the network's size, in words."""
-    problems = context.network.problems
-    return "multiply-adds" if problems and problems[0].metric == "macs" else "parameters"
 
 
 def _train(context: Context, tuning: Tuning, meter: ProgressMeter, epochs: int) -> None:
