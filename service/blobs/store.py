@@ -1,25 +1,36 @@
 """Bytes by key: in files beside the database, or in an object store, both through obstore."""
 
+import contextlib
 import hashlib
 import os
 import re
 import secrets
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlsplit
 
 import obstore
-from obstore.store import LocalStore, ObjectStore, from_url
+from obstore.store import LocalStore, ObjectStore
 
+from service.blobs.errors import BlobStoreAwayError, store_errors
+from service.blobs.remote import PARTS_AT_ONCE, open_remote, part_bytes
 from service.blobs.writer import BLOCK_BYTES, BlobWriter, StagedBlob
 from service.contract.errors import ErrorCode, ProblemError
+
+if TYPE_CHECKING:
+    from obstore import ObjectMeta  # a name for type checkers alone
 
 _KEY = re.compile(r"sha256/[0-9a-f]{2}/[0-9a-f]{62}|checkpoints/job_[0-9a-z]{26}/[0-9]+/[0-9A-Za-z][0-9A-Za-z._-]*")
 _PREFIXES = ("sha256", "checkpoints")
 _STAGING = "staging"
+_READ_BYTES = 8 * 1024**2  # of one request to an object store
+_KEYS_OF_A_PAGE = 1000
+AWAY_SECONDS = 30.0
+PROBE_SECONDS = 5.0
 
 
 def content_key(sha256: str) -> str:
@@ -35,18 +46,24 @@ def checkpoint_key(job_id: str, epoch: int, step: int) -> str:
 
 
 class BlobStore:
-    """One store by its URL (`file://`, `s3://`, …); files are staged beside it, or in `staging_dir`."""
+    """One store by its URL (`file://`, `s3://`, …); files are staged beside it, or in `staging_dir`.
 
-    def __init__(self, url: str, *, staging_dir: Path | None = None) -> None:
+    Every method raises BlobStoreAwayError when the store does not answer or refuses: within `away_seconds`, counted for
+    each request, of which a large file needs many.
+    """
+
+    def __init__(self, url: str, *, staging_dir: Path | None = None, away_seconds: float = AWAY_SECONDS) -> None:
         parts = urlsplit(url)
         self.url = url
         self.root: Path | None = Path(unquote(parts.path)) if parts.scheme == "file" else None
         self._store: ObjectStore
+        self._prober: ObjectStore
         if self.root is not None:
             self.root.mkdir(parents=True, exist_ok=True)
-            self._store = LocalStore(self.root)
+            self._store = self._prober = LocalStore(self.root)
         else:
-            self._store = from_url(url)
+            self._store = open_remote(url, away_seconds=away_seconds)
+            self._prober = open_remote(url, away_seconds=min(away_seconds, PROBE_SECONDS))
         staging = staging_dir or (self.root / _STAGING if self.root is not None else None)
         if staging is None:
             raise ValueError(f"expected a staging_dir beside the object store {url}; found none")
@@ -55,32 +72,29 @@ class BlobStore:
 
     def writer(self, *, limit_bytes: int, what: str = "file") -> BlobWriter:
         """Begin a staged file; `what` names it in a refusal ("model", "dataset")."""
-        return BlobWriter(self._staging / secrets.token_hex(16), limit_bytes=limit_bytes, what=what)
+        with store_errors(self.url, writing=True):
+            return BlobWriter(self._staging / secrets.token_hex(16), limit_bytes=limit_bytes, what=what)
 
     def keep(self, staged: StagedBlob) -> str:
         """Move a staged file into the store under its content's key, and return the key.
 
-        After a crash the key holds the whole file or nothing. A file that is there already is replaced by the same
-        bytes, which makes it young again for the sweep of orphans.
+        After a crash the key holds the whole file or nothing, and after an error the staged file is gone. A file that
+        is there already is replaced by the same bytes, which makes it young again for the sweep of orphans.
         """
         key = content_key(staged.sha256)
-        self._move_in(staged.path, key)
+        try:
+            self._move_in(staged.path, key)
+        finally:
+            staged.discard()
         return key
 
     def put_file(self, path: Path, key: str, *, move: bool = False) -> None:
         """Store a file under a key, durably and in one step; with `move` the original is gone afterwards."""
         _checked(key)
-        if move and self.root is not None and path.stat().st_dev == self._staging.stat().st_dev:
-            _sync_file(path)
-            self._move_in(path, key)
-            return
-        copy = self._staging / secrets.token_hex(16)
-        try:
-            shutil.copyfile(path, copy)
-            _sync_file(copy)
-            self._move_in(copy, key)
-        finally:
-            copy.unlink(missing_ok=True)
+        if self.root is None:
+            self._upload(path, key)
+        else:
+            self._copy_in(path, key, move=move)
         if move:
             path.unlink(missing_ok=True)
 
@@ -106,7 +120,9 @@ class BlobStore:
 
     def size(self, key: str) -> int:
         """How many bytes lie under the key; raises FileNotFoundError."""
-        return int(obstore.head(self._store, _checked(key))["size"])
+        _checked(key)
+        with store_errors(self.url):
+            return int(obstore.head(self._store, key)["size"])
 
     def exists(self, key: str) -> bool:
         """Whether something lies under the key."""
@@ -118,7 +134,8 @@ class BlobStore:
 
     def local_path(self, key: str) -> Path | None:
         """The file under the key, for a store of files: read it in place, never write to it."""
-        return None if self.root is None else self.root / _checked(key)
+        _checked(key)
+        return None if self.root is None else self.root / key
 
     def fetch(self, key: str, directory: Path) -> Path:
         """A local file with the bytes: the store's own, or a copy in the directory."""
@@ -134,15 +151,16 @@ class BlobStore:
 
     def delete(self, key: str) -> None:
         """Delete what lies under the key; nothing there is no error."""
-        try:
-            obstore.delete(self._store, _checked(key))
-        except FileNotFoundError:
-            return
+        _checked(key)
+        with contextlib.suppress(FileNotFoundError), store_errors(self.url):
+            obstore.delete(self._store, key)
 
     def delete_if_older(self, key: str, seconds: float) -> bool:
         """Delete what lies under the key if it was last written so long ago; returns whether it was deleted."""
+        _checked(key)
         try:
-            written = obstore.head(self._store, _checked(key))["last_modified"]
+            with store_errors(self.url):
+                written = obstore.head(self._store, key)["last_modified"]
         except FileNotFoundError:
             return False
         if written >= datetime.now(UTC) - timedelta(seconds=seconds):
@@ -151,11 +169,14 @@ class BlobStore:
         return True
 
     def keys_older_than(self, seconds: float) -> Iterator[str]:
-        """The keys that were last written so long ago."""
+        """The keys that were last written so long ago; what is no key of ours is passed over."""
         limit = datetime.now(UTC) - timedelta(seconds=seconds)
         for prefix in _PREFIXES:
-            for page in obstore.list(self._store, prefix):
-                yield from (meta["path"] for meta in page if meta["last_modified"] < limit)
+            pages = iter(obstore.list(self._store, prefix, chunk_size=_KEYS_OF_A_PAGE))
+            while page := self._next_page(pages):
+                yield from (
+                    meta["path"] for meta in page if meta["last_modified"] < limit and _KEY.fullmatch(meta["path"])
+                )
 
     def sweep_staging(self, seconds: float) -> int:
         """Delete staged files that a crash left behind so long ago; returns how many."""
@@ -165,36 +186,72 @@ class BlobStore:
             path.unlink(missing_ok=True)
         return len(old)
 
-    def probe(self) -> bool:
-        """Whether a small object can be written, read and deleted."""
+    def check(self) -> None:
+        """Write, read and delete a small object; raises BlobStoreAwayError or `STORAGE_FULL` with what went wrong."""
         path = f"probe/{secrets.token_hex(8)}"
         written = secrets.token_bytes(16)
+        with store_errors(self.url, writing=True):
+            obstore.put(self._prober, path, written)
+            read = bytes(obstore.get(self._prober, path).bytes())
+            obstore.delete(self._prober, path)
+        if read != written:
+            raise BlobStoreAwayError(f"{self.url}: a small object was read back with other bytes")
+
+    def probe(self) -> bool:
+        """Whether a small object can be written, read and deleted."""
         try:
-            obstore.put(self._store, path, written)
-            read = bytes(obstore.get(self._store, path).bytes())
-            obstore.delete(self._store, path)
-        except (OSError, obstore.exceptions.BaseError):
+            self.check()
+        except (BlobStoreAwayError, ProblemError):
             return False
-        return read == written
+        return True
+
+    def _copy_in(self, path: Path, key: str, *, move: bool) -> None:
+        if move and path.stat().st_dev == self._staging.stat().st_dev:
+            with store_errors(self.url, writing=True):
+                _sync_file(path)
+            self._move_in(path, key)
+            return
+        copy = self._staging / secrets.token_hex(16)
+        try:
+            with path.open("rb") as source, store_errors(self.url, writing=True), copy.open("xb") as target:
+                shutil.copyfileobj(source, target, BLOCK_BYTES)
+                target.flush()
+                os.fsync(target.fileno())
+            self._move_in(copy, key)
+        finally:
+            copy.unlink(missing_ok=True)
 
     def _move_in(self, path: Path, key: str) -> None:
         if self.root is None:
-            obstore.put(self._store, key, path)
+            self._upload(path, key)
             path.unlink(missing_ok=True)
             return
         target = self.root / key
-        missing = [folder for folder in (target.parent, *target.parent.parents) if not folder.exists()]
-        target.parent.mkdir(parents=True, exist_ok=True)
-        path.replace(target)
-        for folder in {target.parent, *(folder.parent for folder in missing)}:
-            _sync_directory(folder)
+        with store_errors(self.url, writing=True):
+            missing = [folder for folder in (target.parent, *target.parent.parents) if not folder.exists()]
+            target.parent.mkdir(parents=True, exist_ok=True)
+            path.replace(target)
+            for folder in {target.parent, *(folder.parent for folder in missing)}:
+                _sync_directory(folder)
+
+    def _upload(self, path: Path, key: str) -> None:
+        """Send a file in parts; memory holds only those that are under way, and the key shows all of it or nothing."""
+        size = path.stat().st_size
+        with store_errors(self.url, writing=True):
+            obstore.put(self._store, key, path, chunk_size=part_bytes(size), max_concurrency=PARTS_AT_ONCE)
+
+    def _next_page(self, pages: "Iterator[Sequence[ObjectMeta]]") -> "Sequence[ObjectMeta]":
+        with store_errors(self.url):
+            return next(pages, ())
 
     def _read_object(self, key: str, start: int, stop: int, block_bytes: int) -> Iterator[bytes]:
-        if start >= stop:
-            return
-        result = obstore.get(self._store, key, options={"range": (start, stop)})
-        for block in result.stream(min_chunk_size=block_bytes):
-            yield bytes(block)
+        """One short request after the other: a slow reader holds none open, and each is tried again by itself."""
+        for part_start in range(start, stop, _READ_BYTES):
+            with store_errors(self.url):
+                part = obstore.get_range(self._store, key, start=part_start, end=min(part_start + _READ_BYTES, stop))
+            view = memoryview(part)
+            for block_start in range(0, len(view), block_bytes):
+                yield bytes(view[block_start : block_start + block_bytes])
 
 
 def _checked(key: str) -> str:

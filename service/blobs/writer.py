@@ -1,7 +1,6 @@
 """A file on its way into the blob store: written block by block, hashed on the fly, counted against a limit."""
 
 import asyncio
-import errno
 import hashlib
 import os
 from dataclasses import dataclass
@@ -9,6 +8,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from service.blobs.errors import store_errors
 from service.contract.errors import ErrorCode, ProblemError
 
 BLOCK_BYTES = 4 * 1024**2
@@ -36,18 +36,17 @@ class BlobWriter:
         self._limit_bytes = limit_bytes
         self._what = what
         self._hash = hashlib.sha256()
+        self._place = str(path.parent)
         self._finished = False
         self._file = path.open("xb", buffering=0)
 
     def write(self, block: bytes | bytearray | memoryview) -> None:
         """Hash and write a block; raises `TOO_LARGE` over the limit and `STORAGE_FULL` on a full disk."""
         self.check_room(len(block))
-        try:
+        with store_errors(self._place, writing=True):
             view = memoryview(block)
             while view:
                 view = view[self._file.write(view) :]
-        except OSError as error:
-            raise _storage_error(error) from error
         self._hash.update(block)
         self.bytes += len(block)
 
@@ -62,10 +61,8 @@ class BlobWriter:
 
     def finish(self) -> StagedBlob:
         """Make the file durable; it then belongs to the caller."""
-        try:
+        with store_errors(self._place, writing=True):
             os.fsync(self._file.fileno())
-        except OSError as error:
-            raise _storage_error(error) from error
         self._file.close()
         self._finished = True
         return StagedBlob(self.path, self._hash.hexdigest(), self.bytes)
@@ -132,13 +129,3 @@ class AsyncBlobWriter:
         if pending is not None:
             await asyncio.shield(pending)
             self._pending = None
-
-
-def _storage_error(error: OSError) -> Exception:
-    if error.errno in {errno.ENOSPC, errno.EDQUOT}:
-        return ProblemError(
-            ErrorCode.STORAGE_FULL,
-            "expected room on the service's disk for the file; found none left: free some space, or move the data "
-            "directory to a larger disk",
-        )
-    return error

@@ -6,6 +6,7 @@ import threading
 
 import pytest
 
+from service.blobs.errors import BlobStoreAwayError
 from service.blobs.store import BlobStore, checkpoint_key, content_key
 from service.blobs.writer import AsyncBlobWriter
 from service.contract.errors import ErrorCode, ProblemError
@@ -13,8 +14,17 @@ from service.contract.ids import JOB, new_id
 
 
 @pytest.fixture
-def store(tmp_path):
+def disk(tmp_path):
     return BlobStore((tmp_path / "with space and %").as_uri())
+
+
+@pytest.fixture(params=["disk", "memory", "s3"])
+def store(request, tmp_path):
+    """Each kind of store there is; what is asked of one is asked of all."""
+    if request.param == "disk":
+        return request.getfixturevalue("disk")
+    url = "memory:///" if request.param == "memory" else request.getfixturevalue("s3_url")
+    return BlobStore(url, staging_dir=tmp_path / "staging")
 
 
 def stage(store, content, limit=10**9):
@@ -24,7 +34,11 @@ def stage(store, content, limit=10**9):
 
 
 def staged_files(store):
-    return list((store.root / "staging").iterdir())
+    return list(store._staging.iterdir())
+
+
+def read(store, key, *range_):
+    return b"".join(store.open_range(key, *range_))
 
 
 def test_a_kept_file_is_found_by_its_content(store):
@@ -32,7 +46,8 @@ def test_a_kept_file_is_found_by_its_content(store):
     key = store.keep(staged)
     assert staged.sha256 == hashlib.sha256(b"hello").hexdigest()
     assert key == content_key(staged.sha256)
-    assert store.local_path(key).read_bytes() == b"hello"
+    assert read(store, key) == b"hello"
+    assert (store.local_path(key) is None) is (store.root is None)
     assert (store.exists(key), store.size(key)) == (True, 5)
     assert store.keep(stage(store, b"hello")) == key
     assert staged_files(store) == []
@@ -57,7 +72,7 @@ def test_a_file_over_the_limit_leaves_nothing(store):
     assert staged_files(store) == []
 
 
-def test_a_full_disk_is_told_as_such(store):
+def test_a_full_disk_is_told_as_such(disk):
     class FullDisk:
         def write(self, block):
             raise OSError(errno.ENOSPC, "No space left on device")
@@ -66,7 +81,7 @@ def test_a_full_disk_is_told_as_such(store):
             pass
 
     def write():
-        with store.writer(limit_bytes=10) as writer:
+        with disk.writer(limit_bytes=10) as writer:
             writer._file.close()
             writer._file = FullDisk()
             writer.write(b"x")
@@ -74,7 +89,7 @@ def test_a_full_disk_is_told_as_such(store):
     with pytest.raises(ProblemError) as caught:
         write()
     assert caught.value.code is ErrorCode.STORAGE_FULL
-    assert staged_files(store) == []
+    assert staged_files(disk) == []
 
 
 def test_discard_is_for_what_was_refused(store):
@@ -91,6 +106,17 @@ def test_only_keys_of_our_own_making_are_read(store, key):
             use(key)
     with pytest.raises(ValueError, match="64 hexadecimal"):
         content_key(key)
+
+
+@pytest.mark.parametrize("content", [b"", os.urandom(17 * 1024**2 + 3)], ids=["empty", "larger than a part"])
+def test_files_of_any_size_come_back_whole(store, tmp_path, content):
+    (tmp_path / "file").write_bytes(content)
+    key, _, size = store.put_content(tmp_path / "file")
+    assert size == store.size(key) == len(content)
+    assert store.fetch(key, tmp_path).read_bytes() == content
+    start = 8 * 1024**2 - 5  # over the border between two requests
+    assert read(store, key, start, start + 10) == content[start : start + 10]
+    assert staged_files(store) == []
 
 
 @pytest.mark.parametrize("move", [True, False])
@@ -119,44 +145,57 @@ def test_put_content_returns_what_a_row_needs(store, tmp_path):
 
 
 def test_old_keys_are_listed_and_young_ones_spared(store):
-    old, young = store.keep(stage(store, b"old")), store.keep(stage(store, b"young"))
-    os.utime(store.local_path(old), (0, 0))
+    kept = {store.keep(stage(store, text)) for text in (b"one", b"two")}
     stage(store, b"still staged")
-    assert list(store.keys_older_than(60)) == [old]
-    assert not store.delete_if_older(young, 60)
-    store.keep(stage(store, b"old"))  # uploaded again: young again
-    assert not store.delete_if_older(old, 60)
-    os.utime(store.local_path(old), (0, 0))
-    assert store.delete_if_older(old, 60)
-    assert not store.delete_if_older(old, 60)
+    assert list(store.keys_older_than(60)) == []
+    assert set(store.keys_older_than(-60)) == kept
+    key = kept.pop()
+    assert not store.delete_if_older(key, 60)
+    assert store.delete_if_older(key, -60)
+    assert not store.delete_if_older(key, -60)
+    assert set(store.keys_older_than(-60)) == kept
 
 
-def test_the_probe_tells_whether_the_store_can_be_written(store):
+def test_more_keys_than_a_page_are_listed(store, monkeypatch):
+    monkeypatch.setattr("service.blobs.store._KEYS_OF_A_PAGE", 2)
+    kept = {store.keep(stage(store, bytes([number]))) for number in range(5)}
+    assert set(store.keys_older_than(-60)) == kept
+
+
+def test_a_file_stored_again_is_young_again(disk):
+    old = disk.keep(stage(disk, b"old"))
+    os.utime(disk.local_path(old), (0, 0))
+    assert list(disk.keys_older_than(60)) == [old]
+    disk.keep(stage(disk, b"old"))
+    assert not disk.delete_if_older(old, 60)
+    os.utime(disk.local_path(old), (0, 0))
+    assert disk.delete_if_older(old, 60)
+
+
+def test_what_else_lies_in_the_store_is_not_listed(disk):
+    (disk.root / "sha256").mkdir()
+    (disk.root / "sha256" / "notes.txt").write_text("not ours")
+    assert list(disk.keys_older_than(-60)) == []
+
+
+def test_the_probe_writes_reads_and_deletes(store):
+    store.check()
     assert store.probe()
-    (store.root / "probe").rmdir()
-    (store.root / "probe").write_text("in the way")
-    assert not store.probe()
 
 
-def test_an_object_store_is_used_the_same_way(tmp_path):
-    store = BlobStore("memory:///", staging_dir=tmp_path)
-    content = os.urandom(5_000)
-    key = store.keep(stage(store, content))
-    assert store.local_path(key) is None
-    assert b"".join(store.open_range(key, 10, 4_000, block_bytes=100)) == content[10:4_000]
-    assert store.fetch(key, tmp_path).read_bytes() == content
-    assert store.probe()
-    assert list(store.keys_older_than(-60)) == [key]
-    store.delete(key)
-    assert not store.exists(key)
+def test_the_probe_tells_what_is_wrong(disk):
+    (disk.root / "probe").write_text("in the way")
+    assert not disk.probe()
+    with pytest.raises(BlobStoreAwayError, match="probe"):
+        disk.check()
 
 
-def test_the_async_writer_hashes_in_order_with_bounded_blocks(store):
+def test_the_async_writer_hashes_in_order_with_bounded_blocks(disk):
     chunks = [os.urandom(size) for size in (1, 1000, 65_536, 3, 200_000, 0, 77)]
     sizes, threads = [], set()
 
     async def upload():
-        writer = store.writer(limit_bytes=10**9)
+        writer = disk.writer(limit_bytes=10**9)
         write = writer.write
 
         def watched(block):
@@ -178,9 +217,9 @@ def test_the_async_writer_hashes_in_order_with_bounded_blocks(store):
 
 
 @pytest.mark.parametrize("how", ["too large", "broken off", "canceled"])
-def test_an_upload_that_ends_early_leaves_nothing(store, how):
+def test_an_upload_that_ends_early_leaves_nothing(disk, how):
     async def upload():
-        async with AsyncBlobWriter(store.writer(limit_bytes=100), block_bytes=10) as writer:
+        async with AsyncBlobWriter(disk.writer(limit_bytes=100), block_bytes=10) as writer:
             for _ in range(3):
                 await writer.write(bytes(30))
             if how == "broken off":
@@ -194,4 +233,4 @@ def test_an_upload_that_ends_early_leaves_nothing(store, how):
     error = {"too large": ProblemError, "broken off": ConnectionResetError, "canceled": asyncio.CancelledError}[how]
     with pytest.raises(error):
         asyncio.run(upload())
-    assert staged_files(store) == []
+    assert staged_files(disk) == []
