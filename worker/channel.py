@@ -46,7 +46,8 @@ class Assignment(_Message):
     device: str = "auto"  # "cpu", or "cuda" with CUDA_VISIBLE_DEVICES set to one GPU
     memory_bytes_max: int | None = None
     first_forward_seconds: float = 60.0
-    checkpoint_seconds: float = 30.0  # least time between two checkpoints that need not be kept
+    checkpoint_seconds: float = 300.0  # longest time without a checkpoint
+    checkpoint_spacing_seconds: float = 30.0  # least time between two at the ends of steps
     hashes: dict[str, str] = {}  # SHA-256 of model, data, spec
 
 
@@ -100,7 +101,7 @@ class CheckpointMessage(_Message):
     path: str
     sha256: str
     bytes: int
-    step: int
+    position: int  # its place in the run, in optimizer updates
 
 
 class DoneMessage(_Message):

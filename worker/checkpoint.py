@@ -15,7 +15,7 @@ STATE_KEY = "rankpress_state"
 _READ_BYTES = 1 << 20
 
 
-def write_checkpoint(saved: Saved, directory: Path, step: int) -> CheckpointMessage:
+def write_checkpoint(saved: Saved, directory: Path, position: int) -> CheckpointMessage:
     """Write a checkpoint: temporary file, fsync, hash, rename, fsync of the directory.
 
     Parameters
@@ -24,8 +24,8 @@ def write_checkpoint(saved: Saved, directory: Path, step: int) -> CheckpointMess
         Tensors on the CPU, contiguous, and a state that JSON can hold.
     directory : Path
         Where it goes; made if it is missing.
-    step : int
-        Its place in the run, part of the name.
+    position : int
+        Its place in the run, in optimizer updates; part of the name.
 
     Returns
     -------
@@ -33,7 +33,7 @@ def write_checkpoint(saved: Saved, directory: Path, step: int) -> CheckpointMess
         Path, SHA-256 and size of the complete file.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    final = directory / f"step-{step:06d}.safetensors"
+    final = directory / f"position-{position:09d}.safetensors"
     temporary = final.with_suffix(".tmp")
     save_file(dict(saved.tensors), temporary, metadata={STATE_KEY: json.dumps(dict(saved.state))})
     digest = hashlib.sha256()
@@ -47,7 +47,7 @@ def write_checkpoint(saved: Saved, directory: Path, step: int) -> CheckpointMess
         os.fsync(handle)
     finally:
         os.close(handle)
-    return CheckpointMessage(path=str(final), sha256=digest.hexdigest(), bytes=final.stat().st_size, step=step)
+    return CheckpointMessage(path=str(final), sha256=digest.hexdigest(), bytes=final.stat().st_size, position=position)
 
 
 def read_checkpoint(path: Path) -> Saved:

@@ -73,7 +73,7 @@ def test_a_checkpoint_is_whole_or_not_there(tmp_path: Path) -> None:
     learned = run_learn(tmp_path / "w", model, quick(budget={"max_params_fraction": 0.5}), data)
     saved = learned.recorder.checkpoints[0]
     message = write_checkpoint(saved, tmp_path / "c", 1)
-    assert [path.name for path in (tmp_path / "c").iterdir()] == ["step-000001.safetensors"]
+    assert [path.name for path in (tmp_path / "c").iterdir()] == ["position-000000001.safetensors"]
     back = read_checkpoint(Path(message.path))
     assert back.state == saved.state
     assert all(torch.equal(tensor, back.tensors[name]) for name, tensor in saved.tensors.items())

@@ -75,7 +75,7 @@ class FakeRunner:
         path.write_text(json.dumps({"step": step}))
         content = path.read_bytes()
         digest = hashlib.sha256(content).hexdigest()
-        self.writer.send(CheckpointMessage(path=str(path), sha256=digest, bytes=len(content), step=step))
+        self.writer.send(CheckpointMessage(path=str(path), sha256=digest, bytes=len(content), position=step))
 
     def layers(self, name="fc"):
         facts = [LayerFacts(position=0, name=name, kind="linear", weight_shape=[4, 4], params=20, macs=16)]

@@ -58,4 +58,4 @@ def test_a_drained_child_leaves_between_steps_with_a_checkpoint(monkeypatch, ass
     finally:
         signal.signal(DRAIN_SIGNAL, before)
     assert told(stream) == ["checkpoint"]
-    assert json.loads(stream.getvalue())["step"] == 7
+    assert json.loads(stream.getvalue())["position"] == 7
