@@ -1,3 +1,4 @@
+import re
 import time
 from datetime import UTC, datetime, timedelta, timezone
 
@@ -7,8 +8,9 @@ from sqlalchemy.exc import IntegrityError
 from submissions import submit_job
 
 from service.contract.ids import WORKER, new_id
+from service.contract.keys import new_api_key
 from service.store.datasets import dataset_resource, get_dataset, upsert_dataset
-from service.store.keys import ensure_key, owner_of
+from service.store.keys import insert_key, list_keys, owner_of, revoke_key
 from service.store.models import get_model, model_resource, upsert_model
 from service.store.tables import ApiKey, Artifact, Job
 from service.store.time import database_time
@@ -35,9 +37,8 @@ FIRST, SECOND = "a-key-of-enough-length", "another-key-of-enough-length"
 
 
 def test_a_key_speaks_for_its_owner_and_is_not_stored(database):
-    for _ in range(2):
-        with database.write() as session:
-            ensure_key(session, FIRST, "owner")
+    with database.write() as session:
+        insert_key(session, FIRST, "owner", "laptop")
     with database.read() as session:
         assert owner_of(session, FIRST) == "owner"
         assert owner_of(session, SECOND) is None
@@ -45,15 +46,34 @@ def test_a_key_speaks_for_its_owner_and_is_not_stored(database):
         assert FIRST not in str(session.execute(select(ApiKey.digest, ApiKey.owner, ApiKey.name)).all())
 
 
-def test_a_new_configured_key_revokes_the_old_one(database):
-    for key in (FIRST, SECOND):
-        with database.write() as session:
-            ensure_key(session, key, "owner")
-    with database.read() as session:
-        assert (owner_of(session, FIRST), owner_of(session, SECOND)) == (None, "owner")
+def test_a_revoked_key_speaks_for_nobody_and_its_name_is_free(database):
     with database.write() as session:
-        ensure_key(session, FIRST, "owner")
-        assert owner_of(session, FIRST) == "owner"
+        insert_key(session, FIRST, "owner", "laptop")
+        assert revoke_key(session, "no such name") == 0
+        assert revoke_key(session, "laptop") == 1
+        assert revoke_key(session, "laptop") == 0
+        insert_key(session, SECOND, "other", "laptop")
+    with database.read() as session:
+        assert (owner_of(session, FIRST), owner_of(session, SECOND)) == (None, "other")
+        assert [(key.owner, key.name, key.revoked_at is None) for key in list_keys(session)] == [
+            ("owner", "laptop", False),
+            ("other", "laptop", True),
+        ]
+
+
+def test_two_valid_keys_have_two_names(database):
+    with database.write() as session:
+        insert_key(session, FIRST, "owner", "laptop")
+    with pytest.raises(ValueError, match="no valid key has"), database.write() as session:
+        insert_key(session, SECOND, "other", "laptop")
+    with pytest.raises(ValueError, match="known before"), database.write() as session:
+        insert_key(session, FIRST, "other", "desk")
+
+
+def test_keys_are_long_and_differ():
+    keys = {new_api_key() for _ in range(100)}
+    assert len(keys) == 100
+    assert all(re.fullmatch(r"rp_[0-9A-Za-z]{8}_[0-9A-Za-z]{32}", key) for key in keys)
 
 
 def test_models_and_datasets_are_one_per_owner_and_content(database):
@@ -74,7 +94,7 @@ def test_workers_come_beat_and_go(database):
     first, second = new_id(WORKER), new_id(WORKER)
     with database.write() as session:
         for worker_id in (first, second):
-            register_worker(session, worker_id, host="h", pid=1, queue="queue", slots=2)
+            register_worker(session, worker_id, host="h", pid=1, queues=["queue"], slots=2)
         assert beat_worker(session, first, 1)
         assert not beat_worker(session, "wrk_none", 1)
         assert idle_slots(session, "queue") == 3
