@@ -9,10 +9,10 @@ TEST_WORKERS ?= 2
 ONE_THREAD := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test bench check format docs clean
+.PHONY: help install demo test test-crash bench check format docs clean
 
 help:  ## say what there is to make
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(INSTALLED)  ## install everything into .venv, with the rankpress command in .venv/bin
 
@@ -28,6 +28,9 @@ demo: $(INSTALLED)  ## train a network on handwritten digits and compress it thr
 
 test: $(INSTALLED)  ## run the tests
 	$(ONE_THREAD) $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist worksteal
+
+test-crash: $(INSTALLED)  ## the long proofs that no job is lost: kills, stops and cuts (at most 45 minutes)
+	$(ONE_THREAD) $(BIN)/python -m pytest -m full tests/crash tests/store
 
 bench: $(INSTALLED)  ## measure speed against its limits (minutes; wants an idle machine)
 	status=0; for name in lstep upload overhead; do $(BIN)/python -m benchmarks.$$name || status=1; done; exit $$status

@@ -110,8 +110,8 @@ def time_jobs(
                 data,
                 spec,
                 folder / f"by-hand-{number}",
-                settings.threads_per_child,
-                settings.memory_per_child_bytes,
+                settings.threads_per_child(1),
+                settings.memory_per_child_bytes(1),
             )
         )
     return through, by_hand

@@ -8,12 +8,17 @@ import structlog
 from celery import Celery
 from kombu.exceptions import ChannelError
 
-from service.settings import EMBEDDED_BROKER, Settings
+from service.settings import EMBEDDED_BROKER, QUEUES, Settings
 
 RUN_NEXT = "worker.tasks.run_next"
 CONNECT_SECONDS = 2  # a 202 waits no longer than this for a broker that is away
 
 log = structlog.get_logger(__name__)
+
+
+def broker_queue(queue: str) -> str:
+    """The broker's name of a queue of jobs."""
+    return f"rankpress.{queue}"
 
 
 def celery_configuration(settings: Settings) -> dict[str, Any]:
@@ -38,7 +43,7 @@ def celery_configuration(settings: Settings) -> dict[str, Any]:
         "broker_connection_retry_on_startup": True,
         "broker_connection_max_retries": None,
         "imports": ("worker.tasks",),
-        "task_default_queue": settings.queue,
+        "task_default_queue": broker_queue(QUEUES[-1]),
         "task_serializer": "json",
         "accept_content": ["json"],
         "task_ignore_result": True,
@@ -48,7 +53,7 @@ def celery_configuration(settings: Settings) -> dict[str, Any]:
         "worker_disable_prefetch": not settings.embedded,
         "worker_prefetch_multiplier": 1,
         "worker_pool": "threads" if settings.embedded else "prefork",
-        "worker_concurrency": settings.slots,
+        "worker_concurrency": settings.slots or 1,
         "worker_soft_shutdown_timeout": settings.drain_grace_seconds,
         "worker_cancel_long_running_tasks_on_connection_loss": False,
         "worker_send_task_events": False,
@@ -81,7 +86,9 @@ class Bell:
         try:
             with self._connection() as connection:
                 for _ in range(count):
-                    self.app.send_task(RUN_NEXT, queue=queue, ignore_result=True, retry=False, connection=connection)
+                    self.app.send_task(
+                        RUN_NEXT, queue=broker_queue(queue), ignore_result=True, retry=False, connection=connection
+                    )
         except Exception as error:  # noqa: BLE001 - transports raise what they like, and a job is accepted without one
             log.warning("bell_failed", queue=queue, error=repr(error))
             return False
@@ -91,7 +98,7 @@ class Bell:
         """How many bells wait in the queue; None when the broker is away."""
         try:
             with self._connection() as connection:
-                return int(connection.default_channel.queue_declare(queue, passive=True).message_count)
+                return int(connection.default_channel.queue_declare(broker_queue(queue), passive=True).message_count)
         except ChannelError:
             return 0  # a queue that was never declared is empty
         except Exception as error:  # noqa: BLE001 - transports raise what they like

@@ -14,12 +14,12 @@ import structlog
 
 from service.bell import Bell
 from service.blobs.store import BlobStore
-from service.settings import Settings
+from service.settings import QUEUES, Settings
 from service.store.attempts import count_claimable
 from service.store.blobs import unreferenced
 from service.store.checkpoints import drop_finished_checkpoints
 from service.store.idempotency import forget_old_keys
-from service.store.leases import cancel_flagged, close_lost_attempts, expire_leases
+from service.store.leases import cancel_flagged, close_lost_attempts, expire_leases, move_stranded
 from service.store.session import Database
 from service.store.workers import idle_slots, mark_gone_workers
 
@@ -61,6 +61,7 @@ class Reconciler:
             self.lost_attempts,
             self.gone_workers,
             self.finished_checkpoints,
+            self.stranded_jobs,
             self.waiting_jobs,
         ]
         now = time.monotonic()
@@ -106,9 +107,16 @@ class Reconciler:
             self.blobs.delete(key)
         return len(keys)
 
+    def stranded_jobs(self) -> int:
+        """Move waiting jobs, that any device may run, to a queue that a worker serves."""
+        with self.database.write() as session:
+            return move_stranded(session)
+
     def waiting_jobs(self) -> int:
         """Ring again when jobs could be claimed and no bell waits."""
-        queue = self.settings.queue
+        return sum(self._ring_again(queue) for queue in QUEUES)
+
+    def _ring_again(self, queue: str) -> int:
         with self.database.read() as session:
             waiting = count_claimable(session, queue)
             idle = idle_slots(session, queue)

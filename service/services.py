@@ -30,7 +30,7 @@ def build_services(settings: Settings) -> Services:
     api_key, _ = ensure_api_key(settings)
     return Services(
         settings=settings,
-        database=Database(settings.resolved_database_url),
+        database=Database(settings.resolved_database_url, timeout_seconds=settings.database_timeout_seconds),
         blobs=BlobStore(settings.resolved_blob_url, staging_dir=_staging_dir(settings)),
         bell=Bell(make_celery(settings)),
         api_key=api_key,

@@ -3,7 +3,7 @@
 import os
 from itertools import pairwise
 from pathlib import Path
-from typing import Self
+from typing import Literal, Self
 
 from pydantic import Field, PositiveFloat, PositiveInt, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -11,7 +11,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 MIN_API_KEY_LENGTH = 16
 MEMORY_SHARE = 0.8  # of the machine's memory that all children together may use
 EMBEDDED_BROKER = "memory://"
-QUEUE = "rankpress"
+QUEUES = ("gpu", "cpu")  # in the order in which a worker of both looks for work
 
 KIB, MIB, GIB = 1024, 1024**2, 1024**3
 
@@ -48,8 +48,12 @@ class Settings(BaseSettings):
     """Celery's broker; the default is the embedded mode, one process."""
     blob_url: str = ""
     """Where files are kept; empty: `blobs` in the data directory."""
-    queue: str = QUEUE
-    """Name of the queue that jobs are put into."""
+    worker_queues: str = ""
+    """Queues that a worker serves: `cpu`, `gpu`, `gpu,cpu`; empty: both when embedded, else cpu, and gpu with a GPU."""
+    cache_bytes: PositiveInt = 32 * GIB
+    """Most bytes of the files that a worker keeps of an object store."""
+    database_timeout_seconds: PositiveFloat = 10.0
+    """A statement, or a connection that says nothing, is given up after so long; PostgreSQL only."""
 
     # The HTTP edge.
     host: str = "127.0.0.1"
@@ -92,12 +96,30 @@ class Settings(BaseSettings):
     """How often the reconciler looks for what is stuck."""
     worker_gone_seconds: PositiveFloat = 60.0
     """A worker not seen for so long is shown as gone."""
+    worker_deaf_seconds: PositiveFloat = 60.0
+    """An idle worker that heard no bell although jobs have waited for so long ends itself, to be started again."""
     orphan_seconds: PositiveFloat = 24 * 3600.0
     """Age at which files that no row names are deleted."""
     idempotency_in_flight_seconds: PositiveFloat = 3600.0
     """After so long an unfinished idempotency key is free again."""
     idempotency_keep_seconds: PositiveFloat = 7 * 24 * 3600.0
     """How long a finished idempotency key is remembered."""
+    key_cache_seconds: float = Field(default=10.0, ge=0, le=10)
+    """How long the answer to an API key is remembered; a revoked key is refused after so long at the latest."""
+
+    # Retention; None keeps for ever. What is in use is never deleted.
+    job_keep_seconds: PositiveFloat | None = None
+    """Age after its end at which a job is deleted with its history and artifacts."""
+    model_keep_seconds: PositiveFloat | None = None
+    """Age at which a model that no job waits for or runs on is deleted."""
+    dataset_keep_seconds: PositiveFloat | None = None
+    """Age at which a dataset that no job waits for or runs on is deleted."""
+    artifact_keep_seconds: PositiveFloat | None = None
+    """Age at which an artifact is deleted; its job stays."""
+    checkpoint_keep_seconds: PositiveFloat = 7 * 24 * 3600.0
+    """How long the checkpoints of a failed or canceled job are kept, from which a retry goes on."""
+    worker_keep_seconds: PositiveFloat = 7 * 24 * 3600.0
+    """How long a worker that is gone is still listed."""
 
     # Attempts.
     max_attempts: PositiveInt = 3
@@ -116,14 +138,16 @@ class Settings(BaseSettings):
     """Longest run of a job whose spec sets no `deadlines.run_seconds`."""
     first_forward_seconds: PositiveFloat = 60.0
     """Longest first forward pass of a model whose spec sets none."""
-    slots: PositiveInt = 1
-    """Jobs that run at once on this machine."""
+    slots: PositiveInt | None = None
+    """Jobs that run at once on this machine; empty: one for each GPU that is served, or one."""
     threads: PositiveInt | None = None
     """Threads of each job; empty: cores divided by slots."""
     child_memory_bytes: PositiveInt | None = None
     """Memory of each job; empty: 80 % of the machine's, divided by slots."""
-    checkpoint_seconds: PositiveFloat = 30.0
-    """Least time between two checkpoints of a job; checkpoints are made between steps."""
+    checkpoint_seconds: float = Field(default=300.0, ge=0)
+    """Longest time without a checkpoint; within a long step too."""
+    checkpoint_spacing_seconds: float = Field(default=30.0, ge=0)
+    """Least time between two checkpoints at the ends of steps."""
 
     # Pages.
     page_size: PositiveInt = 50
@@ -137,6 +161,10 @@ class Settings(BaseSettings):
 
     log_level: str = "INFO"
     """Least level of log lines."""
+    log_format: Literal["auto", "console", "json"] = "auto"
+    """How log lines look; auto: for people on a terminal, JSON elsewhere."""
+    min_free_bytes: PositiveInt = GIB
+    """`rankpress doctor` complains of a disk with less room."""
 
     @field_validator("api_key", mode="before")
     @classmethod
@@ -152,6 +180,14 @@ class Settings(BaseSettings):
                 f"found {len(value.get_secret_value())}: choose a longer one"
             )
         return value
+
+    @field_validator("worker_queues")
+    @classmethod
+    def _queues_are_known(cls, value: str) -> str:
+        named = [name.strip() for name in value.split(",") if name.strip()]
+        if unknown := [name for name in named if name not in QUEUES]:
+            raise ValueError(f"expected cpu, gpu or gpu,cpu; found {', '.join(unknown)}")
+        return ",".join(name for name in QUEUES if name in named)
 
     @model_validator(mode="after")
     def _leases_are_ordered(self) -> Self:
@@ -197,6 +233,11 @@ class Settings(BaseSettings):
         return self.data_dir / "scratch"
 
     @property
+    def cache_dir(self) -> Path:
+        """Where a worker keeps files of an object store."""
+        return self.data_dir / "cache"
+
+    @property
     def key_file(self) -> Path:
         """Where the embedded service keeps the key it made."""
         return self.data_dir / "api-key"
@@ -206,16 +247,14 @@ class Settings(BaseSettings):
         """The file whose lock holds the data directory for one process."""
         return self.data_dir / "lock"
 
-    @property
-    def threads_per_child(self) -> int:
+    def threads_per_child(self, slot_count: int) -> int:
         """How many threads a child computes with."""
         if self.threads is not None:
             return self.threads
-        return max(1, len(os.sched_getaffinity(0)) // self.slots)
+        return max(1, len(os.sched_getaffinity(0)) // slot_count)
 
-    @property
-    def memory_per_child_bytes(self) -> int:
+    def memory_per_child_bytes(self, slot_count: int) -> int:
         """How much memory a child may use."""
         if self.child_memory_bytes is not None:
             return self.child_memory_bytes
-        return int(machine_memory_bytes() * MEMORY_SHARE / self.slots)
+        return int(machine_memory_bytes() * MEMORY_SHARE / slot_count)

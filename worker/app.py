@@ -1,36 +1,58 @@
-"""The worker of the many-machine mode: `celery --app worker.app worker`."""
+"""The worker of the many-machine mode, which `rankpress worker` runs."""
 
-from typing import Any
+import os
+import sys
+from dataclasses import dataclass
+from typing import Any, NoReturn
 
 import structlog
 from celery import Celery, signals
+from celery.apps.worker import Worker
+from kombu.entity import Exchange, Queue
 
-from service.bell import make_celery
+from service.bell import broker_queue, make_celery
 from service.blobs.store import BlobStore
 from service.settings import Settings
 from service.store.session import Database
-from worker.slots import Slots, WorkerRow
+from worker.row import WorkerRow
+from worker.slots import Slots
 from worker.supervisor import CHILD_COMMAND, Supervisor
 from worker.tasks import install_tasks
+
+EXIT_DEAF = 75  # EX_TEMPFAIL: whoever started the worker starts it again
 
 log = structlog.get_logger(__name__)
 
 
-def create_worker(settings: Settings, *, child_command: tuple[str, ...] = CHILD_COMMAND) -> Celery:
-    """A Celery app whose worker runs this service's jobs; nothing is contacted before it starts.
+@dataclass(frozen=True)
+class HostedWorker:
+    """A Celery app whose worker runs this service's jobs, with what belongs to it."""
+
+    app: Celery
+    slots: Slots
+    row: WorkerRow
+
+
+def create_worker(settings: Settings, *, child_command: tuple[str, ...] = CHILD_COMMAND) -> HostedWorker:
+    """Put the worker together; nothing is contacted before it starts.
 
     Its pool is threads, as in the embedded mode: a supervising thread computes nothing, and one process sees every
     stop. When it is asked to stop, running jobs go back to the queue with their checkpoints.
     """
     app = make_celery(settings)
-    app.conf.update(worker_pool="threads", worker_concurrency=settings.slots)
-    database = Database(settings.resolved_database_url)
+    database = Database(settings.resolved_database_url, timeout_seconds=settings.database_timeout_seconds)
     in_files = settings.resolved_blob_url.startswith("file:")  # those are staged beside where they end
     blobs = BlobStore(settings.resolved_blob_url, staging_dir=None if in_files else settings.data_dir / "staging")
     slots = Slots(settings)
-    row = WorkerRow(database, settings, slots)
+    row = WorkerRow(database, settings, slots, on_deaf=_leave_deaf)
     supervisor = Supervisor(settings, database, blobs, slots, row.worker_id, child_command=child_command)
-    install_tasks(app, supervisor, settings.queue)
+    queues = [broker_queue(queue) for queue in slots.queues]
+    app.conf.update(
+        worker_pool="threads",
+        worker_concurrency=slots.count,
+        task_queues=[_queue(name) for name in queues],
+    )
+    install_tasks(app, supervisor)
 
     def ready(**_: Any) -> None:
         row.start()
@@ -45,13 +67,34 @@ def create_worker(settings: Settings, *, child_command: tuple[str, ...] = CHILD_
     signals.worker_ready.connect(ready, weak=False)
     signals.worker_shutting_down.connect(stopping, weak=False)
     signals.worker_shutdown.connect(stopped, weak=False)
-    return app
+    return HostedWorker(app, slots, row)
 
 
-def __getattr__(name: str) -> Celery:
-    """Make `app` when Celery's command asks for it, with the settings of that moment."""
-    if name == "app":
-        app = create_worker(Settings())
-        globals()["app"] = app
-        return app
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+def _queue(name: str) -> Any:
+    """The broker's queue as the ringing side declares it."""
+    exchange: Any = Exchange(name)  # type: ignore[no-untyped-call]
+    return Queue(name, exchange, routing_key=name)  # type: ignore[no-untyped-call]
+
+
+def run_worker(hosted: HostedWorker, settings: Settings) -> int:
+    """Work until a signal asks for the end; returns the exit code.
+
+    SIGTERM and SIGINT drain: children write a checkpoint, their jobs go back uncounted, and the process ends.
+    """
+    worker = Worker(
+        app=hosted.app,
+        hostname=f"{hosted.row.worker_id}@{os.uname().nodename}",
+        loglevel=settings.log_level,
+        quiet=True,
+        without_heartbeat=True,
+        without_mingle=True,
+        without_gossip=True,
+    )
+    worker.start()
+    return int(worker.exitcode or 0)
+
+
+def _leave_deaf() -> NoReturn:
+    """End at once: no job runs here, and a consumer that hangs would not hear a polite request either."""
+    sys.stderr.flush()
+    os._exit(EXIT_DEAF)

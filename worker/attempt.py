@@ -10,13 +10,15 @@ from typing import Literal
 import structlog
 
 from service.blobs.store import BlobStore
+from service.contract.errors import ErrorCode
+from service.contract.marks import mark
 from service.contract.states import Phase
 from service.settings import Settings
 from service.store.attempts import Claim
 from service.store.checkpoints import CheckpointRow
 from worker.channel import Assignment
 from worker.child import ChildProcess
-from worker.endings import Canceled, Done, Drained, Ending
+from worker.endings import Canceled, Done, Drained, Ending, Failed, failed
 from worker.lease import Lease
 from worker.relay import Relay
 from worker.sandbox import child_environment
@@ -54,9 +56,8 @@ class JobAttempt:
         self._child_command = child_command
         self._claimed_at = claimed_at
         self._work_dir = settings.scratch_dir.absolute() / claim.job_id / str(claim.epoch)
-        self._relay = Relay(lease, blobs, claim.job_id, claim.epoch, self._work_dir)
-        wants_gpu = claim.spec.get("device", "auto") != "cpu"
-        self._gpu = slot.gpu if wants_gpu else None
+        self._relay = Relay(lease, blobs, claim, self._work_dir)
+        self._gpu = slot.gpu if claim.device != "cpu" else None
 
     def run(self) -> Ending:
         """Run the stages and store what they made; `Done` means that the job's row says succeeded.
@@ -66,6 +67,8 @@ class JobAttempt:
         LeaseLostError
             When the job is not this attempt's any more.
         """
+        if (problem := self._missing_gpu()) is not None:
+            return problem
         self._work_dir.mkdir(parents=True, exist_ok=True)
         try:
             done = Done()
@@ -86,6 +89,20 @@ class JobAttempt:
             return store_results(done, self._claim, self._lease, self._blobs, self._work_dir)
         finally:
             self._remove_directory()
+
+    def _missing_gpu(self) -> Failed | None:
+        wanted = self._claim.min_gpu_memory_bytes
+        if wanted is None:
+            return None
+        found = None if self._gpu is None else self._gpu.memory_bytes
+        if found is not None and found >= wanted:
+            return None
+        there = "no GPU" if self._gpu is None else f"a GPU with {found} bytes"
+        return failed(
+            ErrorCode.DEVICE_UNAVAILABLE,
+            f"the spec asks for a GPU with resources.min_gpu_memory_bytes = {wanted}; found {there}: ask for less, or "
+            "run the job where such a GPU is",
+        )
 
     def _first_assignment(self) -> Assignment:
         claim = self._claim
@@ -108,10 +125,11 @@ class JobAttempt:
             supervisor_pid=os.getpid(),
             resume_path=None if resume is None else str(resume),
             thread_count=self._slot.thread_count,
-            device="cuda" if self._gpu is not None or claim.spec.get("device") == "cuda" else "cpu",
+            device="cuda" if self._gpu is not None or claim.device == "cuda" else "cpu",
             memory_bytes_max=self._slot.memory_bytes_max,
             first_forward_seconds=deadlines.get("first_forward_seconds") or self._settings.first_forward_seconds,
             checkpoint_seconds=self._settings.checkpoint_seconds,
+            checkpoint_spacing_seconds=self._settings.checkpoint_spacing_seconds,
             hashes={
                 "model": claim.model.sha256,
                 "spec": claim.spec_sha256,
@@ -136,9 +154,9 @@ class JobAttempt:
             if sha256_of(path) == row.sha256:
                 return path
         except OSError as error:
-            log.warning("checkpoint_unreadable", job_id=self._claim.job_id, step=row.step, error=str(error))
+            log.warning("checkpoint_unreadable", job_id=self._claim.job_id, position=row.position, error=str(error))
             return None
-        log.warning("checkpoint_torn", job_id=self._claim.job_id, step=row.step)
+        log.warning("checkpoint_torn", job_id=self._claim.job_id, position=row.position)
         return None
 
     def _run_stage(self, assignment: Assignment) -> Ending:
@@ -148,12 +166,13 @@ class JobAttempt:
                 work_dir=self._work_dir,
                 thread_count=self._slot.thread_count,
                 channel_fd=channel_fd,
-                gpu=self._gpu,
+                gpu=None if self._gpu is None else self._gpu.uuid,
             )
 
         self._lease.check()
         child = ChildProcess(self._child_command, assignment, environment)
         self._lease.fence.guard(child)
+        mark("child_started")
         log.info(
             "child_started", job_id=assignment.job_id, epoch=assignment.epoch, stage=assignment.stage, pid=child.pid
         )

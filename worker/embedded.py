@@ -10,9 +10,12 @@ import structlog
 from celery.worker import WorkController
 from celery.worker import state as celery_state
 
+from service.bell import broker_queue
 from service.services import Services
+from service.settings import QUEUES
 from service.store.leases import release_all_leases
-from worker.slots import Slots, WorkerRow
+from worker.row import WorkerRow
+from worker.slots import Slots
 from worker.supervisor import CHILD_COMMAND, Supervisor
 from worker.tasks import install_tasks
 
@@ -31,17 +34,17 @@ class EmbeddedWorker:
 
     def __init__(self, services: Services, *, child_command: Sequence[str] = CHILD_COMMAND) -> None:
         self._services = services
-        slots = Slots(services.settings)
-        self._row = WorkerRow(services.database, services.settings, slots)
+        self._slots = Slots(services.settings)
+        self._row = WorkerRow(services.database, services.settings, self._slots)
         self._supervisor = Supervisor(
             services.settings,
             services.database,
             services.blobs,
-            slots,
+            self._slots,
             self._row.worker_id,
             child_command=child_command,
         )
-        install_tasks(services.bell.app, self._supervisor, services.settings.queue)
+        install_tasks(services.bell.app, self._supervisor)
         self._ready = threading.Event()
         self._thread = threading.Thread(target=self._work, name="worker", daemon=True)
 
@@ -57,7 +60,7 @@ class EmbeddedWorker:
         self._thread.start()
         if not self._ready.wait(START_SECONDS):
             raise RuntimeError(f"expected the embedded worker to be ready in {START_SECONDS:g} seconds; it is not")
-        self._services.bell.ring(settings.queue, settings.slots)  # jobs may have waited for this start
+        self._services.bell.ring(QUEUES[0], self._slots.count)  # jobs may have waited for this start
 
     def stop(self) -> None:
         """End the running children, give their jobs back uncounted, and stop Celery; prompt and in order."""
@@ -65,7 +68,7 @@ class EmbeddedWorker:
         celery_state.should_stop = 0  # the exit code; Celery's own way to be asked from another thread
         until = time.monotonic() + STOP_SECONDS
         while self._thread.is_alive() and time.monotonic() < until:
-            self._services.bell.ring(self._services.settings.queue)  # wakes the consumer, which looks every 2 s
+            self._services.bell.ring(QUEUES[0])  # wakes the consumer, which looks every 2 s
             self._thread.join(_POLL_SECONDS)
         if self._thread.is_alive():
             log.error("worker_not_stopped", seconds=STOP_SECONDS)
@@ -80,7 +83,8 @@ class EmbeddedWorker:
             app=app,
             hostname=f"{self._row.worker_id}@embedded",
             pool_cls="threads",
-            concurrency=settings.slots,
+            concurrency=self._slots.count,
+            queues=[broker_queue(queue) for queue in self._slots.queues],
             loglevel=settings.log_level,
             without_heartbeat=True,
             without_mingle=True,

@@ -16,6 +16,8 @@ from service.contract.events import Progress
 from service.contract.states import Phase
 from service.settings import Settings
 from service.store import attempts
+from service.store.attempts import Claim
+from service.store.counters import FENCED_WRITES_REFUSED, count
 from service.store.session import Database
 from worker.child import ChildProcess
 from worker.endings import LeaseLostError
@@ -77,17 +79,17 @@ class Fence:
 class Lease:
     """The epoch under which an attempt writes; used by the attempt's own thread."""
 
-    def __init__(self, database: Database, settings: Settings, job_id: str, epoch: int, claimed_at: float) -> None:
+    def __init__(self, database: Database, settings: Settings, claim: Claim, claimed_at: float) -> None:
         self._database = database
-        self._job_id = job_id
-        self._epoch = epoch
+        self._job_id = claim.job_id
+        self._epoch = claim.epoch
         self._lease_seconds = settings.lease_seconds
         self.heartbeat_seconds = settings.heartbeat_seconds
         self.fence = Fence(settings.self_fence_seconds, claimed_at)
         self._last_beat = claimed_at
         self._beat_at = claimed_at + settings.heartbeat_seconds
         self._phase: str = Phase.STARTING
-        self._fraction = 0.0
+        self._fraction = claim.fraction  # a resumed attempt makes again what was seen before
         self._progress: Progress | None = None
         self.cancel_requested = False
 
@@ -137,6 +139,7 @@ class Lease:
             return
         self.check()
         if beat is None:
+            self._count_refused()
             raise LeaseLostError(f"{self._job_id}: epoch {self._epoch} is not the live one any more")
         self.fence.confirm(now)
         self.cancel_requested = beat.cancel_requested
@@ -167,8 +170,28 @@ class Lease:
                 self.beat_if_due()
                 continue
             if answer is None or answer is False:
+                self._count_refused()
                 raise LeaseLostError(f"{self._job_id}: a write of epoch {self._epoch} was refused")
             return answer
+
+    def let_go(self, operation: Callable[[Session], bool]) -> None:
+        """Try one last fenced write after the lease was lost, without a second try; a refusal is counted."""
+        try:
+            with self._database.write() as session:
+                freed = operation(session)
+        except DATABASE_AWAY as error:
+            log.warning("lease_not_released", job_id=self._job_id, epoch=self._epoch, error=str(error))
+            return
+        if not freed and self.fence.passed:  # where a write was refused before, that one is counted already
+            self._count_refused()
+
+    def _count_refused(self) -> None:
+        log.warning("write_refused", job_id=self._job_id, epoch=self._epoch)
+        try:
+            with self._database.write() as session:
+                count(session, FENCED_WRITES_REFUSED)
+        except DATABASE_AWAY as error:
+            log.warning("refusal_not_counted", job_id=self._job_id, error=str(error))
 
     def hold_while(self, work: Callable[[], T]) -> T:
         """Do something slow (move bytes) in another thread while the heartbeats go on in this one."""

@@ -13,10 +13,14 @@ from sqlalchemy.orm import Session
 
 from service.blobs.store import BlobStore, checkpoint_key
 from service.contract.events import EventKind, Progress
+from service.contract.marks import mark
 from service.contract.plan import LayerFacts, RankRow
+from service.contract.states import Phase
 from service.store import attempts
+from service.store.attempts import Claim
 from service.store.checkpoints import insert_checkpoint
-from service.store.events import append_events
+from service.store.counters import PHASE_COUNT, PHASE_SECONDS, count
+from service.store.events import append_events, repeat_key
 from service.store.layers import insert_layers
 from service.store.ranks import insert_rank_rows
 from worker.channel import (
@@ -37,6 +41,7 @@ BATCH = 500
 PHASE_LENGTH_MAX = 40
 EVENTS_MAX = 100_000  # of one attempt; a child that says more is told once, and then not heard
 EVENT_LENGTH_MAX = 64 * 1024
+_PHASES = frozenset(Phase)
 _LINES_OF_HISTORY = frozenset({EventKind.STEP, EventKind.METRIC, EventKind.LOG, EventKind.WARNING})
 
 log = structlog.get_logger(__name__)
@@ -45,11 +50,12 @@ log = structlog.get_logger(__name__)
 class Relay:
     """Collects an attempt's messages and writes them; a row that the lease refuses ends the attempt."""
 
-    def __init__(self, lease: Lease, blobs: BlobStore, job_id: str, epoch: int, work_dir: Path) -> None:
+    def __init__(self, lease: Lease, blobs: BlobStore, claim: Claim, work_dir: Path) -> None:
         self._lease = lease
         self._blobs = blobs
-        self._job_id = job_id
-        self._epoch = epoch
+        self._job_id = claim.job_id
+        self._epoch = claim.epoch
+        self._told = set(claim.told)
         self._work_dir = work_dir
         self._events: list[tuple[EventKind, Mapping[str, Any]]] = []
         self._layers: list[LayerFacts] | None = None
@@ -57,6 +63,8 @@ class Relay:
         self._spec: dict[str, Any] | None = None
         self._events_taken = 0
         self._flush_at = 0.0
+        self._phases: list[tuple[str, float]] = []
+        self._phase_since = time.monotonic()
 
     def take(self, message: Message) -> None:
         """Take one message; a checkpoint, and what came before it, is written when this returns."""
@@ -82,8 +90,16 @@ class Relay:
     def enter(self, phase: str) -> None:
         """Show a phase and note it in the job's history."""
         if phase != self._lease.phase:
+            self._book_phase()
             self._lease.enter(phase)
             self._events.append((EventKind.PHASE, {"phase": phase}))
+
+    def _book_phase(self) -> None:
+        """Keep how long the phase that ends has lasted; a child may invent phases, which are not counted."""
+        now = time.monotonic()
+        if self._lease.phase in _PHASES:
+            self._phases.append((self._lease.phase, now - self._phase_since))
+        self._phase_since = now
 
     def flush_if_due(self) -> None:
         """Write what has waited for a while."""
@@ -108,7 +124,7 @@ class Relay:
         except SQLAlchemyError as error:
             raise ChannelBrokenError(f"the child's words cannot be stored: {type(error).__name__}") from error
         finally:
-            self._events, self._layers, self._ranks, self._spec = [], None, [], None
+            self._events, self._layers, self._ranks, self._spec, self._phases = [], None, [], None, []
 
     @property
     def _pending(self) -> bool:
@@ -121,13 +137,25 @@ class Relay:
             and (not self._ranks or insert_rank_rows(session, job_id, epoch, self._ranks))
             and (self._spec is None or attempts.set_resolved_spec(session, job_id, epoch, self._spec))
             and append_events(session, job_id, epoch, self._events)
+            and self._count_phases(session)
         )
+
+    def _count_phases(self, session: Session) -> bool:
+        for phase, seconds in self._phases:
+            count(session, PHASE_SECONDS, phase, seconds)
+            count(session, PHASE_COUNT, phase)
+        return True
 
     def _take_event(self, message: EventMessage) -> None:
         if message.kind not in _LINES_OF_HISTORY:
             raise ChannelBrokenError(f"the child wrote an event of kind {message.kind}, which is the supervisor's")
         if len(repr(message.data)) > EVENT_LENGTH_MAX:
             raise ChannelBrokenError(f"the child wrote an event of more than {EVENT_LENGTH_MAX} characters")
+        key = repeat_key(message.kind, message.data)
+        if key is not None and key in self._told:
+            return  # a resumed attempt makes steps again that the history has
+        if key is not None:
+            self._told.add(key)
         self._events_taken += 1
         if self._events_taken == EVENTS_MAX:
             said = f"the job wrote {EVENTS_MAX} events; no more are kept of this attempt"
@@ -138,19 +166,20 @@ class Relay:
     def _store_checkpoint(self, message: CheckpointMessage) -> None:
         self.flush()
         path = regular_file(Path(message.path), self._work_dir)
-        key = checkpoint_key(self._job_id, self._epoch, message.step)
+        key = checkpoint_key(self._job_id, self._epoch, message.position)
         self._lease.hold_while(partial(self._blobs.put_file, path, key, move=True))
         dropped = self._lease.write(
             lambda session: insert_checkpoint(
                 session,
                 self._job_id,
                 self._epoch,
-                step=message.step,
+                position=message.position,
                 blob_key=key,
                 sha256=message.sha256,
                 bytes=message.bytes,
             )
         )
+        mark("checkpoint_row")
         self._forget(dropped)
 
     def _forget(self, keys: list[str]) -> None:

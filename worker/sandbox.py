@@ -8,6 +8,7 @@ import threading
 from collections.abc import Mapping
 from pathlib import Path
 
+from service.contract.marks import MARK_VARIABLES
 from worker.channel import CHANNEL_FD_VARIABLE, Assignment
 
 OPEN_FILES_MAX = 4096
@@ -43,7 +44,7 @@ def child_environment(
     threads = str(thread_count)
     code_root = str(Path(__file__).resolve().parent.parent)
     return {
-        **{name: parent[name] for name in _INHERITED if name in parent},
+        **{name: parent[name] for name in (*_INHERITED, *MARK_VARIABLES) if name in parent},
         "PYTHONPATH": os.pathsep.join(filter(None, [code_root, parent.get("PYTHONPATH", "")])),
         "PYTHONSAFEPATH": "1",  # the working directory is the attempt's: nothing is imported from it
         "PYTHONDONTWRITEBYTECODE": "1",

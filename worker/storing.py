@@ -8,6 +8,7 @@ from sqlalchemy.orm import Session
 
 from service.blobs.store import BlobStore
 from service.contract.errors import ErrorCode
+from service.contract.marks import mark
 from service.contract.resources import ResultSummary
 from service.store.artifacts import insert_artifact
 from service.store.attempts import Claim, finish_succeeded
@@ -42,6 +43,7 @@ def store_results(verified: Done, claim: Claim, lease: Lease, blobs: BlobStore, 
     summary = ResultSummary.model_validate(verified.result.get("summary"))
     stored_artifact = lease.hold_while(partial(blobs.put_content, artifact, move=True))
     stored_report = lease.hold_while(partial(blobs.put_content, report, move=True))
+    mark("artifact_put")
 
     def insert(session: Session, name: str, file_format: str, stored: tuple[str, str, int]) -> str | None:
         key, sha256, size = stored
@@ -56,6 +58,7 @@ def store_results(verified: Done, claim: Claim, lease: Lease, blobs: BlobStore, 
         result = summary.model_copy(update={"artifact_id": artifact_id, "artifact_sha256": stored_artifact[1]})
         return finish_succeeded(session, claim.job_id, claim.epoch, result)
 
+    mark("before_finish")
     lease.write(succeed)
     return verified
 

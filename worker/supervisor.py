@@ -10,6 +10,7 @@ import structlog
 from sqlalchemy.orm import Session
 
 from service.blobs.store import BlobStore
+from service.contract.marks import mark
 from service.contract.states import AttemptOutcome, JobState
 from service.settings import Settings
 from service.store import attempts
@@ -48,18 +49,22 @@ class Supervisor:
         self._child_command = child_command
         self._drain = Drain()
 
-    def run_next(self, queue: str) -> bool:
-        """Claim the queue's best job and see it to the end of an attempt; False when there was none to claim.
+    def run_next(self) -> bool:
+        """Claim the best job of a queue served here and see its attempt to the end; False when there was none.
 
         The calling thread starts the children and must live until this returns: they die with it.
         """
-        with self._slots.take() as slot:
-            if self._drain:
+        return any(self._run_from(queue) for queue in self._slots.queues)
+
+    def _run_from(self, queue: str) -> bool:
+        with self._slots.take(queue) as slot:
+            if slot is None or self._drain:
                 return False
             claimed_at = time.monotonic()
-            claim = self._claim(queue)
+            claim = self._claim(queue, slot)
             if claim is None:
                 return False
+            mark("after_claim")
             self._supervise(claim, slot, claimed_at)
         return True
 
@@ -67,7 +72,7 @@ class Supervisor:
         """Claim nothing more; running children may save themselves; their jobs go back to the queue uncounted."""
         self._drain.ask(self._settings.drain_grace_seconds if grace_seconds is None else grace_seconds)
 
-    def _claim(self, queue: str) -> Claim | None:
+    def _claim(self, queue: str, slot: Slot) -> Claim | None:
         try:
             with self._database.write() as session:
                 return attempts.claim(
@@ -77,15 +82,23 @@ class Supervisor:
                     host=socket.gethostname(),
                     pid=os.getpid(),
                     lease_seconds=self._settings.lease_seconds,
+                    gpu=None if slot.gpu is None else slot.gpu.uuid,
+                    gpu_memory_bytes=self._memory_claimed(slot),
                 )
         except DATABASE_AWAY as error:
             log.warning("claim_failed", queue=queue, error=str(error))
             return None
 
+    def _memory_claimed(self, slot: Slot) -> int:
+        """What a job may ask of this slot's GPU; where one process is all there is, its child says what is missing."""
+        if self._settings.embedded:
+            return 2**63 - 1
+        return 0 if slot.gpu is None else slot.gpu.memory_bytes or 0
+
     def _supervise(self, claim: Claim, slot: Slot, claimed_at: float) -> None:
-        lease = Lease(self._database, self._settings, claim.job_id, claim.epoch, claimed_at)
+        lease = Lease(self._database, self._settings, claim, claimed_at)
         bound = log.bind(job_id=claim.job_id, epoch=claim.epoch, attempt=claim.attempt)
-        bound.info("attempt_started", slot=slot.number, gpu=slot.gpu)
+        bound.info("attempt_started", slot=slot.number, gpu=None if slot.gpu is None else slot.gpu.uuid)
         try:
             ending = self._run(claim, lease, slot, claimed_at)
             if not isinstance(ending, Done):
@@ -93,6 +106,7 @@ class Supervisor:
             bound.info("attempt_ended", ending=type(ending).__name__, detail=_detail(ending))
         except LeaseLostError as error:
             bound.warning("lease_lost", reason=str(error))
+            lease.let_go(lambda session: self._give_back(session, claim))
         except Exception:
             # Its lease runs out and the job goes on.
             log.exception("attempt_not_ended", job_id=claim.job_id, epoch=claim.epoch)
@@ -119,17 +133,22 @@ class Supervisor:
             return attempts.finish_failed(session, claim.job_id, claim.epoch, ending.problem)
         if isinstance(ending, Canceled):
             return attempts.finish_canceled(session, claim.job_id, claim.epoch)
-        drained = isinstance(ending, Drained)
-        state = self._requeue(session, claim, counted=not drained, detail=_detail(ending))
-        return state is not None
+        outcome = AttemptOutcome.DRAINED if isinstance(ending, Drained) else AttemptOutcome.CRASHED
+        return self._requeue(session, claim, outcome, _detail(ending)) is not None
 
-    def _requeue(self, session: Session, claim: Claim, *, counted: bool, detail: str | None) -> JobState | None:
+    def _give_back(self, session: Session, claim: Claim) -> bool:
+        """Free a job whose lease this attempt has let run out, if no other attempt has it yet."""
+        detail = "the worker could not confirm its lease in time and ended its child"
+        return self._requeue(session, claim, AttemptOutcome.LOST, detail) is not None
+
+    def _requeue(self, session: Session, claim: Claim, outcome: AttemptOutcome, detail: str | None) -> JobState | None:
+        counted = outcome is not AttemptOutcome.DRAINED
         delay = backoff_seconds(claim.attempt, self._settings.retry_base_seconds, self._settings.retry_cap_seconds)
         return attempts.requeue(
             session,
             claim.job_id,
             claim.epoch,
-            outcome=AttemptOutcome.CRASHED if counted else AttemptOutcome.DRAINED,
+            outcome=outcome,
             delay_seconds=delay if counted else 0.0,
             counted=counted,
             detail=detail,

@@ -8,15 +8,15 @@ from service.bell import RUN_NEXT
 class RunsJobs(Protocol):
     """What the task needs of a supervisor."""
 
-    def run_next(self, queue: str) -> bool:
+    def run_next(self) -> bool:
         """Run one job; False when there was none."""
 
 
-def install_tasks(app: Any, supervisor: RunsJobs, queue: str) -> None:
-    """Give a Celery app the task; it runs the queue's jobs until none is left that can be claimed."""
+def install_tasks(app: Any, supervisor: RunsJobs) -> None:
+    """Give a Celery app the task; it runs jobs until none is left that can be claimed."""
 
     def run_next() -> None:
-        while supervisor.run_next(queue):
+        while supervisor.run_next():
             pass
 
     # The message is acknowledged before the task runs and nothing is retried: the job's row carries the promise.

@@ -61,6 +61,9 @@ class JobResource(Resource):
     name: str | None = None
     state: JobState
     phase: str | None
+    queue: str = "cpu"
+    priority: int = 0  # lower runs first
+    retry_of: str | None = None
     progress: Progress
     queue_position: int | None = None
     cancel_requested: bool = False
@@ -74,6 +77,37 @@ class JobResource(Resource):
     created_at: datetime
     started_at: datetime | None
     finished_at: datetime | None
+
+
+class GpuResource(Resource):
+    """A GPU of a worker."""
+
+    uuid: str
+    name: str | None = None
+    memory_bytes: int | None = None
+
+
+class WorkerResource(Resource):
+    """A process that runs jobs; `busy` of its `slots` are taken."""
+
+    id: str
+    state: str  # "live" or "gone"
+    host: str
+    pid: int
+    version: str
+    queues: list[str]
+    slots: int
+    busy: int
+    gpus: list[GpuResource]
+    started_at: datetime
+    last_seen_at: datetime
+    gone_at: datetime | None
+
+
+class WorkerPage(Resource):
+    """The workers, oldest first."""
+
+    items: list[WorkerResource]
 
 
 class SubmissionCheck(Resource):

@@ -178,10 +178,20 @@ class FineTune(StrictModel):
 
 
 class Deadlines(StrictModel):
-    """How long a job may take, in seconds; null is the service's own limit."""
+    """How long a job may take, in seconds; null is the service's own limit.
 
+    `queue_seconds` is how long it may wait before it begins.
+    """
+
+    queue_seconds: Positive | None = None
     run_seconds: Positive | None = None
     first_forward_seconds: Positive | None = None
+
+
+class Resources(StrictModel):
+    """What a worker must have to run the job."""
+
+    min_gpu_memory_bytes: int | None = Field(default=None, gt=0, lt=2**63)
 
 
 class JobSpec(StrictModel):
@@ -201,6 +211,9 @@ class JobSpec(StrictModel):
     seed: int = Field(default=0, ge=0, lt=2**63)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     deadlines: Deadlines = Deadlines()
+    resources: Resources = Resources()
+    priority: int = Field(default=0, ge=-100, le=100)  # lower runs first
+    max_attempts: int | None = Field(default=None, ge=1, le=100)
 
     @model_validator(mode="after")
     def _size_is_said(self) -> Self:
@@ -214,6 +227,14 @@ class JobSpec(StrictModel):
                 "the size is not said: give budget (for example {example}), or method.lambda, or a fixed rank for "
                 "every term of every rule",
                 {"example": '{"max_macs_fraction": 0.3}'},
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _gpu_memory_is_of_a_gpu(self) -> Self:
+        if self.device == "cpu" and self.resources.min_gpu_memory_bytes is not None:
+            raise PydanticCustomError(
+                "gpu_memory_on_cpu", "resources.min_gpu_memory_bytes asks for a GPU, device for the CPU; remove one"
             )
         return self
 

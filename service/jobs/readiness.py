@@ -2,6 +2,7 @@
 
 from service.contract.resources import Health
 from service.services import Services
+from service.settings import QUEUES
 from service.store.migration import schema_at_head
 
 _WRONG_SCHEMA = "is not the one of this version: run `rankpress migrate`"
@@ -13,7 +14,7 @@ def check_readiness(services: Services) -> Health:
     database = services.database.ping()
     schema = database and schema_at_head(services.database)
     blobs = services.blobs.probe()
-    broker = services.bell.queue_depth(services.settings.queue) is not None
+    broker = services.bell.queue_depth(QUEUES[0]) is not None
     checks = {
         "database": _said(well=database, else_="does not answer"),
         "schema": _said(well=schema, else_=_WRONG_SCHEMA if database else "cannot be known without the database"),

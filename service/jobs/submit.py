@@ -13,6 +13,7 @@ from service.blobs.store import BlobStore
 from service.blobs.tensors import likely_inputs
 from service.contract import ids
 from service.contract.errors import ErrorCode, FieldError, ProblemError
+from service.contract.marks import mark
 from service.contract.resolve import resolve_at_submit
 from service.contract.resources import JobResource
 from service.contract.spec import JobSpec, parse_spec
@@ -23,6 +24,7 @@ from service.services import Services
 from service.settings import Settings
 from service.store import jobs
 from service.store.idempotency import Fresh, Replay, complete
+from service.store.workers import served_queues
 
 _EXAMPLE = [{"shape": [1, 3, 224, 224], "dtype": "float32"}]
 
@@ -92,7 +94,8 @@ def submit(services: Services, submission: Submission, key: Fresh | Replay | Non
     job_id = ids.new_id(ids.JOB)
     with services.database.write() as session:
         model_id, dataset_id = model_of(session), dataset_of(session)
-        jobs.insert_job(session, _new_job(services.settings, submission, spec, job_id, model_id, dataset_id))
+        queue = queue_for(session, spec)
+        jobs.insert_job(session, _new_job(services.settings, submission, spec, job_id, model_id, dataset_id, queue))
         if key is not None and not complete(session, key.reservation, fingerprint, job_id):
             raise ProblemError(
                 ErrorCode.IDEMPOTENCY_IN_FLIGHT,
@@ -100,7 +103,8 @@ def submit(services: Services, submission: Submission, key: Fresh | Replay | Non
             )
         row = existing_job(session, submission.owner, job_id)
         accepted = Accepted(jobs.job_resource(row, jobs.queue_position(session, row)), replayed=False)
-    services.bell.ring(services.settings.queue)
+    mark("after_commit")
+    services.bell.ring(queue)
     return accepted
 
 
@@ -129,7 +133,13 @@ def _dataset_id(blobs: BlobStore, owner: str, dataset: ReceivedFile | str | None
 
 
 def _new_job(
-    settings: Settings, submission: Submission, spec: JobSpec, job_id: str, model_id: str, dataset_id: str | None
+    settings: Settings,
+    submission: Submission,
+    spec: JobSpec,
+    job_id: str,
+    model_id: str,
+    dataset_id: str | None,
+    queue: str,
 ) -> jobs.NewJob:
     resolved = resolve_at_submit(spec)
     return jobs.NewJob(
@@ -141,10 +151,22 @@ def _new_job(
         requested_spec=submission.requested_spec,
         spec=resolved,
         spec_sha256=hashlib.sha256(_canonical(resolved)).hexdigest(),
-        queue=settings.queue,
-        max_attempts=settings.max_attempts,
+        queue=queue,
+        device=spec.device,
+        priority=spec.priority,
+        min_gpu_memory_bytes=spec.resources.min_gpu_memory_bytes,
+        queue_seconds=spec.deadlines.queue_seconds,
+        max_attempts=spec.max_attempts or settings.max_attempts,
         run_seconds_limit=min(spec.deadlines.run_seconds or settings.run_seconds_max, settings.run_seconds_max),
     )
+
+
+def queue_for(session: Session, spec: JobSpec) -> str:
+    """The queue of a job: its device's; where any will do, the GPUs' if a worker serves them."""
+    if spec.device == "cpu":
+        return "cpu"
+    asks_for_gpu = spec.device == "cuda" or spec.resources.min_gpu_memory_bytes is not None
+    return "gpu" if asks_for_gpu or "gpu" in served_queues(session) else "cpu"
 
 
 def _check_references(session: Session, submission: Submission) -> None:

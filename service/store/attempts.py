@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import func, insert, select, update
+from sqlalchemy import ColumnElement, and_, func, insert, or_, select, update
 from sqlalchemy.orm import Session
 
 from service.contract.errors import ErrorCode, Problem, ProblemError
@@ -12,7 +12,7 @@ from service.contract.ids import ATTEMPT, new_id
 from service.contract.resources import ResultSummary
 from service.contract.states import AttemptOutcome, JobState, Phase
 from service.store.checkpoints import CheckpointRow, list_checkpoints
-from service.store.events import append_events
+from service.store.events import append_events, told_before
 from service.store.fence import hold_lease, leased
 from service.store.tables import Attempt, Dataset, Job, Model
 from service.store.time import database_time
@@ -43,11 +43,15 @@ class Claim:
     spec: dict[str, Any]
     requested_spec: dict[str, Any]
     spec_sha256: str
+    device: str  # as asked for
+    min_gpu_memory_bytes: int | None
     model: InputFile
     dataset: InputFile | None
     checkpoints: list[CheckpointRow]  # newest first, two at most
     run_seconds_used: float  # by earlier attempts
     run_seconds_limit: float
+    fraction: float  # how far an earlier attempt was seen to be
+    told: frozenset[str]  # what the history already says of steps, metrics and warnings
 
 
 @dataclass(frozen=True)
@@ -62,11 +66,24 @@ def backoff_seconds(attempt: int, base_seconds: float, cap_seconds: float) -> fl
     return float(min(cap_seconds, base_seconds * BACKOFF_GROWTH ** max(attempt - 1, 0)))
 
 
-def claim(session: Session, *, queue: str, worker_id: str, host: str, pid: int, lease_seconds: float) -> Claim | None:
-    """Take the best waiting job of the queue (priority, then age) and open its attempt; None when none waits."""
+def claim(
+    session: Session,
+    *,
+    queue: str,
+    worker_id: str,
+    host: str,
+    pid: int,
+    lease_seconds: float,
+    gpu: str | None = None,
+    gpu_memory_bytes: int | None = None,
+) -> Claim | None:
+    """Take the best waiting job of the queue (priority, then age) and open its attempt; None when none waits.
+
+    A job that asks for GPU memory is passed over where the GPU has less, or where there is none.
+    """
     best = (
         select(Job.id)
-        .where(_claimable(queue))
+        .where(_claimable(queue, gpu_memory_bytes or 0))
         .order_by(Job.priority, Job.created_at, Job.id)
         .limit(1)
         .with_for_update(skip_locked=True)
@@ -91,7 +108,7 @@ def claim(session: Session, *, queue: str, worker_id: str, host: str, pid: int, 
         return None
     session.execute(
         insert(Attempt).values(
-            id=new_id(ATTEMPT), job_id=row.id, epoch=row.lease_epoch, worker_id=worker_id, host=host, pid=pid
+            id=new_id(ATTEMPT), job_id=row.id, epoch=row.lease_epoch, worker_id=worker_id, host=host, pid=pid, gpu=gpu
         )
     )
     data = {"state": JobState.RUNNING, "epoch": row.lease_epoch, "host": host}
@@ -99,9 +116,11 @@ def claim(session: Session, *, queue: str, worker_id: str, host: str, pid: int, 
     return _claim_of(session, row)
 
 
-def count_claimable(session: Session, queue: str) -> int:
-    """How many jobs of the queue could be claimed now."""
-    return session.execute(select(func.count()).select_from(Job).where(_claimable(queue))).scalar_one()
+def count_claimable(session: Session, queue: str, gpu_memory_bytes: int | None = None) -> int:
+    """How many jobs of the queue could be claimed now; by a GPU with this memory, or by any."""
+    return session.execute(
+        select(func.count()).select_from(Job).where(_claimable(queue, gpu_memory_bytes))
+    ).scalar_one()
 
 
 def heartbeat(
@@ -194,14 +213,17 @@ def requeue(
     return JobState.QUEUED
 
 
-def _claimable(queue: str) -> Any:
-    return (
-        (Job.queue == queue)
-        & (Job.state == JobState.QUEUED)
-        & (Job.not_before <= database_time())
-        & Job.cancel_requested_at.is_(None)
-        & (Job.attempt < Job.max_attempts)
-    )
+def _claimable(queue: str, gpu_memory_bytes: int | None) -> ColumnElement[bool]:
+    conditions = [
+        Job.queue == queue,
+        Job.state == JobState.QUEUED,
+        Job.not_before <= database_time(),
+        Job.cancel_requested_at.is_(None),
+        Job.attempt < Job.max_attempts,
+    ]
+    if gpu_memory_bytes is not None:
+        conditions.append(or_(Job.min_gpu_memory_bytes.is_(None), Job.min_gpu_memory_bytes <= gpu_memory_bytes))
+    return and_(*conditions)
 
 
 def _claim_of(session: Session, row: Job) -> Claim:
@@ -215,11 +237,15 @@ def _claim_of(session: Session, row: Job) -> Claim:
         spec=row.spec,
         requested_spec=row.requested_spec,
         spec_sha256=row.spec_sha256,
+        device=row.device,
+        min_gpu_memory_bytes=row.min_gpu_memory_bytes,
         model=_input_file(model, "torchscript"),
         dataset=None if dataset is None else _input_file(dataset, dataset.format),
         checkpoints=list_checkpoints(session, row.id),
         run_seconds_used=row.run_seconds_used,
         run_seconds_limit=row.run_seconds_limit,
+        fraction=Progress.model_validate(row.progress).fraction,
+        told=told_before(session, row.id) if row.lease_epoch > 1 else frozenset(),
     )
 
 

@@ -19,7 +19,7 @@ class CheckpointRow:
 
     id: str
     epoch: int
-    step: int
+    position: int
     blob_key: str
     sha256: str
     bytes: int
@@ -30,31 +30,31 @@ def insert_checkpoint(
     job_id: str,
     epoch: int,
     *,
-    step: int,
+    position: int,
     blob_key: str,
     sha256: str,
     bytes: int,  # noqa: A002
 ) -> list[str] | None:
     """Make a stored state count, and keep the two newest; None when the lease is lost.
 
-    Returned are the blob keys of the rows that were dropped: delete them after the commit. `step` counts up over the
-    whole run; a step further than any before it is progress and sets the count of attempts back to 0.
+    Returned are the blob keys of the rows that were dropped: delete them after the commit. `position` counts
+    updates over the whole run; one further than any before it is progress and sets the count of attempts back to 0.
     """
     if not hold_lease(session, job_id, epoch):
         return None
-    furthest = session.execute(select(func.max(Checkpoint.step)).where(Checkpoint.job_id == job_id)).scalar_one()
+    furthest = session.execute(select(func.max(Checkpoint.position)).where(Checkpoint.job_id == job_id)).scalar_one()
     session.execute(
         insert(Checkpoint).values(
             id=new_id(CHECKPOINT),
             job_id=job_id,
             epoch=epoch,
-            step=step,
+            position=position,
             blob_key=blob_key,
             sha256=sha256,
             bytes=bytes,
         )
     )
-    if furthest is None or step > furthest:
+    if furthest is None or position > furthest:
         session.execute(update(Job).where(leased(job_id, epoch)).values(attempt=0))
     rows = list_checkpoints(session, job_id, limit=None)
     return _drop(session, rows[KEPT:])
@@ -62,7 +62,7 @@ def insert_checkpoint(
 
 def list_checkpoints(session: Session, job_id: str, limit: int | None = KEPT) -> list[CheckpointRow]:
     """The job's checkpoints, newest first."""
-    order = (Checkpoint.epoch.desc(), Checkpoint.created_at.desc(), Checkpoint.step.desc(), Checkpoint.id.desc())
+    order = (Checkpoint.epoch.desc(), Checkpoint.created_at.desc(), Checkpoint.position.desc(), Checkpoint.id.desc())
     query = select(Checkpoint).where(Checkpoint.job_id == job_id).order_by(*order).limit(limit)
     return [_row(checkpoint) for checkpoint in session.scalars(query)]
 
@@ -82,7 +82,7 @@ def _row(checkpoint: Checkpoint) -> CheckpointRow:
     return CheckpointRow(
         id=checkpoint.id,
         epoch=checkpoint.epoch,
-        step=checkpoint.step,
+        position=checkpoint.position,
         blob_key=checkpoint.blob_key,
         sha256=checkpoint.sha256,
         bytes=checkpoint.bytes,

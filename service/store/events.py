@@ -1,5 +1,6 @@
 """The numbered history of a job."""
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -33,6 +34,25 @@ def append_events(
     ]
     session.execute(insert(Event), rows)
     return True
+
+
+def repeat_key(kind: EventKind, data: Mapping[str, Any]) -> str | None:
+    """What makes a line the same one when a resumed attempt tells it again; None for a line that is always new."""
+    if kind is EventKind.STEP:
+        return f"step {data.get('step')}"
+    if kind is EventKind.METRIC:
+        return f"metric {data.get('name')} {data.get('part')} {data.get('epoch')}"
+    if kind is EventKind.WARNING:
+        return f"warning {json.dumps(data, sort_keys=True, default=str)}"
+    return None
+
+
+def told_before(session: Session, job_id: str) -> frozenset[str]:
+    """The keys of all lines that need not be told again."""
+    kinds = (EventKind.STEP, EventKind.METRIC, EventKind.WARNING)
+    query = select(Event.kind, Event.data).where(Event.job_id == job_id, Event.kind.in_(kinds))
+    keys = (repeat_key(EventKind(row.kind), row.data) for row in session.execute(query))
+    return frozenset(key for key in keys if key is not None)
 
 
 def list_events(session: Session, job_id: str, after: int, limit: int) -> list[EventLine]:

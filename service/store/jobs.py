@@ -12,6 +12,7 @@ from service.contract.errors import Problem
 from service.contract.events import EventKind, Progress
 from service.contract.resources import JobResource, ResultSummary
 from service.contract.states import JobState
+from service.store.counters import JOBS_SUBMITTED, count
 from service.store.events import append_events
 from service.store.tables import Job
 from service.store.time import database_time
@@ -34,6 +35,10 @@ class NewJob:
     run_seconds_limit: float  # over all attempts together
     name: str | None = None
     priority: int = 0  # lower runs first
+    device: str = "auto"  # as asked for
+    min_gpu_memory_bytes: int | None = None
+    retry_of: str | None = None
+    queue_seconds: float | None = None  # how long it may wait for its first attempt
 
 
 class CancelOutcome(StrEnum):
@@ -50,7 +55,10 @@ def insert_job(session: Session, job: NewJob) -> None:
 
     The promise stands once the caller's transaction is committed: answer only after that.
     """
-    session.execute(insert(Job).values(**vars(job), state=JobState.QUEUED))
+    values = {**vars(job), "state": JobState.QUEUED}
+    seconds = values.pop("queue_seconds")
+    session.execute(insert(Job).values(queue_expires_at=None if seconds is None else database_time(seconds), **values))
+    count(session, JOBS_SUBMITTED)
     append_events(session, job.id, None, [(EventKind.STATE, {"state": JobState.QUEUED})])
 
 
@@ -135,6 +143,9 @@ def job_resource(row: Job, position: int | None) -> JobResource:
         name=row.name,
         state=JobState(row.state),
         phase=row.phase,
+        queue=row.queue,
+        priority=row.priority,
+        retry_of=row.retry_of,
         progress=Progress.model_validate(row.progress),
         queue_position=position,
         cancel_requested=row.cancel_requested_at is not None,

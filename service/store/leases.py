@@ -5,9 +5,11 @@ from sqlalchemy.orm import Session
 
 from service.contract.states import AttemptOutcome, JobState
 from service.store.attempts import backoff_seconds, requeue
+from service.store.counters import LEASE_EXPIRIES, count
 from service.store.tables import Attempt, Job
 from service.store.time import database_time
 from service.store.transitions import cancel_waiting
+from service.store.workers import served_queues
 
 BATCH = 100
 
@@ -19,13 +21,16 @@ def expire_leases(
 
     Canceled if it was flagged, failed as `WORKER_LOST` if its attempts are used up, else queued with a backoff.
     """
-    return _release(
+    expired = _release(
         session,
         Job.lease_expires_at < database_time(-grace_seconds),
         "the worker sent no heartbeat until its lease ran out",
         retry_base_seconds,
         retry_cap_seconds,
     )
+    if expired:
+        count(session, LEASE_EXPIRIES, amount=len(expired))
+    return expired
 
 
 def release_all_leases(session: Session) -> dict[str, JobState]:
@@ -57,6 +62,25 @@ def close_lost_attempts(session: Session) -> int:
         .returning(Attempt.id)
     )
     return len(session.execute(close).all())
+
+
+def move_stranded(session: Session) -> int:
+    """Move waiting jobs of device "auto", whose queue no live worker serves, to a queue that is served."""
+    served = served_queues(session)
+    if not served:
+        return 0
+    stranded = (
+        update(Job)
+        .where(
+            Job.state == JobState.QUEUED,
+            Job.device == "auto",
+            Job.min_gpu_memory_bytes.is_(None),
+            Job.queue.not_in(served),
+        )
+        .values(queue=min(served))
+        .returning(Job.id)
+    )
+    return len(session.execute(stranded).all())
 
 
 def _release(

@@ -16,6 +16,7 @@ from service.store.time import database_time
 
 BUSY_TIMEOUT_MS = 10_000
 CONNECT_TIMEOUT_SECONDS = 5
+STATEMENT_SECONDS = 10.0
 _SQLITE_PRAGMAS = (
     f"PRAGMA busy_timeout = {BUSY_TIMEOUT_MS}",
     "PRAGMA journal_mode = WAL",
@@ -27,12 +28,12 @@ _SQLITE_PRAGMAS = (
 class Database:
     """A database by its URL; safe to share between threads, never across a fork."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, *, timeout_seconds: float = STATEMENT_SECONDS) -> None:
         parsed = make_url(url)
         self.url = url
         self.is_sqlite = parsed.get_backend_name() == "sqlite"
         connect_args: dict[str, Any] = (
-            {"timeout": BUSY_TIMEOUT_MS / 1000} if self.is_sqlite else {"connect_timeout": CONNECT_TIMEOUT_SECONDS}
+            {"timeout": BUSY_TIMEOUT_MS / 1000} if self.is_sqlite else _postgresql_arguments(timeout_seconds)
         )
         # Bursts of requests take connections for milliseconds; a broken one is found before it is used.
         self.engine: Engine = create_engine(
@@ -63,6 +64,8 @@ class Database:
     def connect_for_ddl(self) -> Iterator[Connection]:
         """Open one transaction for a change of the schema; commits at the end."""
         with self._writer.begin() as connection:
+            if not self.is_sqlite:
+                connection.execute(text("SET LOCAL statement_timeout = 0"))
             yield connection
 
     @staticmethod
@@ -92,6 +95,22 @@ def insert_if_absent(session: Session, table: type[Base], values: Mapping[str, A
     statement = insert(table).values(**values).on_conflict_do_nothing()
     result = session.connection().execute(statement.returning(text("1")))
     return result.first() is not None
+
+
+def _postgresql_arguments(timeout_seconds: float) -> dict[str, Any]:
+    """Bounds, so that nobody waits for ever: neither for a lock, nor on a network that says nothing any more.
+
+    A transaction whose process was stopped holds a job's row; the server ends it after the same time.
+    """
+    milliseconds = int(timeout_seconds * 1000)
+    return {
+        "connect_timeout": CONNECT_TIMEOUT_SECONDS,
+        "options": f"-c statement_timeout={milliseconds} -c idle_in_transaction_session_timeout={milliseconds}",
+        "tcp_user_timeout": milliseconds,
+        "keepalives_idle": max(1, int(timeout_seconds / 2)),
+        "keepalives_interval": max(1, int(timeout_seconds / 5)),
+        "keepalives_count": 3,
+    }
 
 
 def _prepare_sqlite(connection: Any, _record: Any) -> None:

@@ -8,6 +8,7 @@ from sqlalchemy.orm import Session
 from service.contract.errors import Problem
 from service.contract.events import EventKind
 from service.contract.states import AttemptOutcome, JobState, Phase
+from service.store.counters import ATTEMPTS_ENDED, JOBS_ENDED, count
 from service.store.events import append_events
 from service.store.fence import hold_lease, leased
 from service.store.tables import Attempt, Job
@@ -72,7 +73,9 @@ def return_to_queue(
 def close_attempt(session: Session, job_id: str, epoch: int, outcome: AttemptOutcome, detail: str | None) -> None:
     """Write how an attempt ended, unless that is written already."""
     opened = and_(Attempt.job_id == job_id, Attempt.epoch == epoch, Attempt.ended_at.is_(None))
-    session.execute(update(Attempt).where(opened).values(ended_at=database_time(), outcome=outcome, detail=detail))
+    close = update(Attempt).where(opened).values(ended_at=database_time(), outcome=outcome, detail=detail)
+    if session.execute(close.returning(Attempt.id)).first() is not None:
+        count(session, ATTEMPTS_ENDED, outcome)
 
 
 def _move(
@@ -88,6 +91,8 @@ def _move(
         values["finished_at"] = database_time()
     if session.execute(update(Job).where(where).values(values).returning(Job.id)).first() is None:
         return False
+    if state.terminal:
+        count(session, JOBS_ENDED, state)
     data = {"state": state, **{name: value for name, value in told.items() if value is not None}}
     return append_events(session, job_id, None, [(EventKind.STATE, data)])
 

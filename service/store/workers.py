@@ -1,8 +1,9 @@
 """The processes that can run jobs, as far as they have been heard of."""
 
+from collections.abc import Sequence
 from typing import Any
 
-from sqlalchemy import func, insert, select, update
+from sqlalchemy import delete, insert, select, update
 from sqlalchemy.orm import Session
 
 from service.store.tables import Worker
@@ -15,13 +16,22 @@ def register_worker(
     *,
     host: str,
     pid: int,
-    queue: str,
+    queues: Sequence[str],
     slots: int,
+    version: str = "",
     devices: dict[str, Any] | None = None,
 ) -> None:
     """Make a worker known; ids are made with `new_id(WORKER)`, one for each start."""
     session.execute(
-        insert(Worker).values(id=worker_id, host=host, pid=pid, queue=queue, slots=slots, devices=devices or {})
+        insert(Worker).values(
+            id=worker_id,
+            host=host,
+            pid=pid,
+            queues=list(queues),
+            slots=slots,
+            version=version,
+            devices=devices or {},
+        )
     )
 
 
@@ -51,5 +61,15 @@ def list_workers(session: Session, *, include_gone: bool = False) -> list[Worker
 
 def idle_slots(session: Session, queue: str) -> int:
     """How many jobs the queue's workers could take at once."""
-    free = func.coalesce(func.sum(Worker.slots - Worker.busy), 0)
-    return int(session.execute(select(free).where(Worker.queue == queue, Worker.gone_at.is_(None))).scalar_one())
+    return sum(max(worker.slots - worker.busy, 0) for worker in list_workers(session) if queue in worker.queues)
+
+
+def served_queues(session: Session) -> set[str]:
+    """The queues that some live worker serves."""
+    return {queue for worker in list_workers(session) for queue in worker.queues}
+
+
+def forget_gone_workers(session: Session, keep_seconds: float) -> int:
+    """Delete the rows of workers that have been gone for so long; returns how many."""
+    old = delete(Worker).where(Worker.gone_at < database_time(-keep_seconds)).returning(Worker.id)
+    return len(session.execute(old).all())

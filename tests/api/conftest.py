@@ -80,7 +80,7 @@ class Api:
     def claim(self) -> Claim:
         """Take the next job as a worker would."""
         with self.services.database.write() as session:
-            found = claim(session, queue="rankpress", worker_id=new_id(WORKER), host="h", pid=1, lease_seconds=30)
+            found = claim(session, queue="cpu", worker_id=new_id(WORKER), host="h", pid=1, lease_seconds=30)
         assert found is not None
         return found
 

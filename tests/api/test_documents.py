@@ -29,7 +29,7 @@ def test_capabilities(api: Api) -> None:
 def test_devices_are_those_that_workers_have(api: Api) -> None:
     def register(devices: dict[str, list[int]]) -> list[str]:
         with api.services.database.write() as session:
-            register_worker(session, new_id(WORKER), host="h", pid=1, queue="q", slots=1, devices=devices)
+            register_worker(session, new_id(WORKER), host="h", pid=1, queues=["cpu"], slots=1, devices=devices)
         found: list[str] = api.client.get("/v1/capabilities").json()["devices"]
         return found
 

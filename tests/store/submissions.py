@@ -12,7 +12,7 @@ from service.store.session import Database
 from service.store.tables import Base
 
 OWNER = "owner"
-QUEUE = "queue"
+QUEUE = "cpu"
 
 
 def submit_job(database: Database, *, owner: str = OWNER, content: str = "a model", **values: object) -> str:

@@ -51,7 +51,7 @@ def expire(database, grace_seconds=0.0):
 def checkpoint(database, claimed, step):
     with database.write() as session:
         return insert_checkpoint(
-            session, claimed.job_id, claimed.epoch, step=step, blob_key=f"c{step}", sha256="0" * 64, bytes=1
+            session, claimed.job_id, claimed.epoch, position=step, blob_key=f"c{step}", sha256="0" * 64, bytes=1
         )
 
 
@@ -147,7 +147,7 @@ def test_every_write_of_a_stale_attempt_is_refused(database, submit, take):
     rank = RankRow(step=0, layer="a", term=0, form=Form.DENSE)
     refused = [
         lambda s: append_events(s, job_id, stale.epoch, [(EventKind.LOG, {})]) is False,
-        lambda s: insert_checkpoint(s, job_id, stale.epoch, step=1, **file) is None,
+        lambda s: insert_checkpoint(s, job_id, stale.epoch, position=1, **file) is None,
         lambda s: insert_artifact(s, job_id, stale.epoch, name="n", format="report", **file) is None,
         lambda s: insert_layers(s, job_id, stale.epoch, [LayerFacts(position=0, name="a", kind="linear")]) is False,
         lambda s: insert_rank_rows(s, job_id, stale.epoch, [rank]) is False,
@@ -210,10 +210,10 @@ def test_the_two_newest_checkpoints_are_kept(database, submit, take):
     claimed = take()
     assert [checkpoint(database, claimed, step) for step in (1, 2, 3)] == [[], [], ["c1"]]
     with database.read() as session:
-        assert [row.step for row in list_checkpoints(session, job_id)] == [3, 2]
+        assert [row.position for row in list_checkpoints(session, job_id)] == [3, 2]
     crash(database, claimed)
     second = take()
-    assert [row.step for row in second.checkpoints] == [3, 2]
+    assert [row.position for row in second.checkpoints] == [3, 2]
     # A resumed attempt whose newest checkpoint was damaged goes on from the one before: its own is the newest.
     # The older row of the same key is dropped, but its blob is still spoken of.
     assert checkpoint(database, second, 2) == []

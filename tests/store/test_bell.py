@@ -2,7 +2,7 @@ import time
 
 import pytest
 
-from service.bell import RUN_NEXT, Bell, celery_configuration, make_celery
+from service.bell import RUN_NEXT, Bell, broker_queue, celery_configuration, make_celery
 from service.settings import Settings
 
 
@@ -10,7 +10,7 @@ from service.settings import Settings
 def bell(request, tmp_path):
     queue = f"queue-{time.time_ns()}"
     url = "memory://" if request.param == "memory" else request.getfixturevalue("valkey_url")
-    settings = Settings(data_dir=tmp_path, broker_url=url, queue=queue)
+    settings = Settings(data_dir=tmp_path, broker_url=url)
     return Bell(make_celery(settings)), queue
 
 
@@ -32,7 +32,7 @@ def test_a_bell_carries_the_tasks_name_and_nothing_else(bell):
     bell, queue = bell
     bell.ring(queue)
     with bell.app.connection_for_read() as connection:
-        simple = connection.SimpleQueue(queue)
+        simple = connection.SimpleQueue(broker_queue(queue))
         message = simple.get(timeout=5)
         message.ack()
         simple.close()

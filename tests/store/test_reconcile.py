@@ -4,11 +4,11 @@ import time
 import pytest
 from submissions import claim_job, submit_job
 
-from service.bell import Bell, make_celery
+from service.bell import Bell, broker_queue, make_celery
 from service.blobs.store import BlobStore
 from service.contract.states import JobState
 from service.reconcile import Reconciler
-from service.settings import Settings
+from service.settings import QUEUES, Settings
 from service.store.attempts import finish_canceled
 from service.store.checkpoints import insert_checkpoint
 from service.store.jobs import get_job
@@ -17,11 +17,14 @@ from service.store.models import upsert_model
 
 @pytest.fixture
 def sweeper(database, tmp_path):
-    settings = Settings(
-        data_dir=tmp_path, queue=f"queue-{time.time_ns()}", retry_base_seconds=0, reconcile_seconds=0.05
-    )
+    settings = Settings(data_dir=tmp_path, retry_base_seconds=0, reconcile_seconds=0.05)
     blobs = BlobStore(settings.resolved_blob_url)
-    return Reconciler(database, Bell(make_celery(settings)), settings, blobs)
+    bell = Bell(make_celery(settings))
+    with bell.app.connection_for_write() as connection:  # the broker in memory is one for the whole process
+        for queue in QUEUES:
+            connection.default_channel.queue_declare(broker_queue(queue))
+            connection.default_channel.queue_purge(broker_queue(queue))
+    return Reconciler(database, bell, settings, blobs)
 
 
 def stage(sweeper, content):
@@ -36,7 +39,7 @@ def age(sweeper, key, hours=48):
 
 
 def test_waiting_jobs_are_rung_for_once(sweeper):
-    queue = sweeper.settings.queue
+    queue = "cpu"
     assert sweeper.waiting_jobs() == 0
     for _ in range(3):
         submit_job(sweeper.database, queue=queue)
@@ -76,7 +79,7 @@ def test_checkpoints_of_an_ended_job_are_deleted(sweeper):
     claimed = claim_job(sweeper.database)
     key = sweeper.blobs.keep(stage(sweeper, b"state"))
     with sweeper.database.write() as session:
-        insert_checkpoint(session, job_id, claimed.epoch, step=1, blob_key=key, sha256="0" * 64, bytes=5)
+        insert_checkpoint(session, job_id, claimed.epoch, position=1, blob_key=key, sha256="0" * 64, bytes=5)
     assert sweeper.finished_checkpoints() == 0
     with sweeper.database.write() as session:
         finish_canceled(session, job_id, claimed.epoch)
@@ -85,7 +88,7 @@ def test_checkpoints_of_an_ended_job_are_deleted(sweeper):
 
 
 def test_one_failing_rule_hinders_no_other(sweeper, monkeypatch):
-    submit_job(sweeper.database, queue=sweeper.settings.queue)
+    submit_job(sweeper.database, queue="cpu")
 
     def fail():
         raise OSError("the disk is away")
@@ -97,11 +100,11 @@ def test_one_failing_rule_hinders_no_other(sweeper, monkeypatch):
 
 
 def test_it_runs_in_a_thread_until_it_is_stopped(sweeper):
-    submit_job(sweeper.database, queue=sweeper.settings.queue)
+    submit_job(sweeper.database, queue="cpu")
     sweeper.start()
     deadline = time.monotonic() + 5
-    while sweeper.bell.queue_depth(sweeper.settings.queue) != 1 and time.monotonic() < deadline:
+    while sweeper.bell.queue_depth("cpu") != 1 and time.monotonic() < deadline:
         time.sleep(0.02)
     sweeper.stop()
-    assert sweeper.bell.queue_depth(sweeper.settings.queue) == 1
+    assert sweeper.bell.queue_depth("cpu") == 1
     assert not sweeper._thread.is_alive()

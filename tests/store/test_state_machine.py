@@ -77,7 +77,7 @@ class StoreMachine(RuleBasedStateMachine):
         live = self.live(claimed)
         with self.database.write() as session:
             dropped = insert_checkpoint(
-                session, claimed.job_id, claimed.epoch, step=step, blob_key="k", sha256="0" * 64, bytes=1
+                session, claimed.job_id, claimed.epoch, position=step, blob_key="k", sha256="0" * 64, bytes=1
             )
         assert (dropped is not None) == live
 

@@ -9,8 +9,8 @@ def test_the_defaults_are_embedded(tmp_path):
     assert settings.embedded
     assert settings.resolved_database_url == f"sqlite:///{tmp_path}/rankpress.db"
     assert settings.resolved_blob_url == f"file://{tmp_path}/blobs"
-    assert settings.threads_per_child >= 1
-    assert settings.memory_per_child_bytes > 0
+    assert settings.threads_per_child(1) >= 1
+    assert settings.memory_per_child_bytes(1) > 0
 
 
 @pytest.mark.parametrize(

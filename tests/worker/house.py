@@ -90,7 +90,8 @@ class House:
                     requested_spec=spec,
                     spec=spec,
                     spec_sha256=hashlib.sha256(json.dumps(spec).encode()).hexdigest(),
-                    queue=self.settings.queue,
+                    queue="cpu",
+                    device=spec["device"],
                     max_attempts=self.settings.max_attempts,
                     run_seconds_limit=run_seconds,
                 ),
@@ -99,12 +100,12 @@ class House:
 
     def run(self):
         """Run the next job in this thread."""
-        return self.supervisor.run_next(self.settings.queue)
+        return self.supervisor.run_next()
 
     def run_aside(self, supervisor=None):
         """Run the next job in another thread."""
         chosen = supervisor or self.supervisor
-        thread = threading.Thread(target=chosen.run_next, args=(self.settings.queue,), daemon=True)
+        thread = threading.Thread(target=chosen.run_next, daemon=True)
         thread.start()
         return thread
 

@@ -24,12 +24,12 @@ def fleet(postgres_url, valkey_url, tmp_path):
         "RANKPRESS_DATA_DIR": str(house.data_dir),
         "RANKPRESS_DATABASE_URL": postgres_url,
         "RANKPRESS_BROKER_URL": valkey_url,
-        "PYTHONPATH": str(Path(__file__).parent),
+        "PYTHONPATH": str(Path(__file__).parents[2]),
     }
     workers = []
 
     def start_worker():
-        command = [sys.executable, "-m", "celery", "--app", "celery_worker", "worker", "--loglevel", "WARNING"]
+        command = [sys.executable, str(Path(__file__).with_name("celery_worker.py"))]
         log = (tmp_path / f"worker-{len(workers)}.log").open("wb")
         workers.append(
             subprocess.Popen(command, env=environment, stdout=log, stderr=log, cwd=Path(__file__).parents[2])
@@ -55,13 +55,13 @@ def test_a_job_runs_and_a_stop_hands_it_to_the_next_worker(fleet, tmp_path):
     worker = fleet.start_worker()
     first = fleet.submit({"learn": [["events", 20], ["layers"], ["ranks", 0, 1, True], ["steps", 2, 0.0]]})
     rung = time.monotonic()
-    assert fleet.bell.ring("rankpress")
+    assert fleet.bell.ring("cpu")
     fleet.wait_for_state(first, JobState.SUCCEEDED, seconds=30.0)
     assert time.monotonic() - rung < 10
 
     learn = [["checkpoint_on_drain", 2], ["phase", "learning"], ["fresh", "sleep", 60], ["steps", 4, 0.0]]
     second = fleet.submit({"learn": learn})
-    fleet.bell.ring("rankpress")
+    fleet.bell.ring("cpu")
     fleet.wait_for_phase(second, "learning")
     worker.terminate()
     worker.wait(15)
@@ -70,7 +70,7 @@ def test_a_job_runs_and_a_stop_hands_it_to_the_next_worker(fleet, tmp_path):
     assert rows(fleet)[0].gone_at is not None
 
     fleet.start_worker()
-    fleet.bell.ring("rankpress")
+    fleet.bell.ring("cpu")
     fleet.wait_for_state(second, JobState.SUCCEEDED, seconds=30.0)
     assert [one.outcome for one in fleet.attempts(second)] == [AttemptOutcome.DRAINED, AttemptOutcome.SUCCEEDED]
     assert [line["step"] for line in fleet.events(second, "step")] == [3, 4]

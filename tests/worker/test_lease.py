@@ -26,8 +26,8 @@ def claimed(house):
     """A claimed job's lease, with a fence so far away that only the test moves it."""
     house.submit({})
     with house.database.write() as session:
-        claim = attempts.claim(session, queue="rankpress", worker_id="w", host="h", pid=1, lease_seconds=3.0)
-    lease = Lease(house.database, house.settings, claim.job_id, claim.epoch, time.monotonic())
+        claim = attempts.claim(session, queue="cpu", worker_id="w", host="h", pid=1, lease_seconds=3.0)
+    lease = Lease(house.database, house.settings, claim, time.monotonic())
     yield claim, lease
     lease.fence.close()
 

@@ -2,49 +2,121 @@
 
 import subprocess
 import sys
-import threading
+from contextlib import ExitStack
 
+import pynvml
+import pytest
+
+from service.settings import QUEUES
 from service.store.workers import list_workers
-from worker.slots import Slots, WorkerRow, visible_gpus
+from worker.gpus import Gpu, visible_gpus
+from worker.row import WorkerRow
+from worker.slots import Slots
+
+A, B = Gpu("GPU-a", "H200", 141 * 2**30), Gpu("GPU-b", "T4", 16 * 2**30)
 
 
-def test_gpus_are_named_by_the_environment():
-    assert visible_gpus({"CUDA_VISIBLE_DEVICES": "2, GPU-abc"}) == ["2", "GPU-abc"]
-    assert visible_gpus({"CUDA_VISIBLE_DEVICES": ""}) == []
-    assert visible_gpus({"CUDA_VISIBLE_DEVICES": "-1"}) == []
+@pytest.fixture
+def driver(monkeypatch):
+    """A driver that knows two GPUs, in the order of their addresses."""
+
+    class Memory:
+        def __init__(self, total):
+            self.total = total
+
+    known = [A, B]
+    monkeypatch.setattr(pynvml, "nvmlInit", lambda: None)
+    monkeypatch.setattr(pynvml, "nvmlShutdown", lambda: None)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetCount", lambda: len(known))
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByIndex", lambda index: known[index])
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetUUID", lambda gpu: gpu.uuid)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetName", lambda gpu: gpu.name)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetMemoryInfo", lambda gpu: Memory(gpu.memory_bytes))
 
 
-def test_slots_are_shared_out(make_house):
-    slots = Slots(make_house(slots=2).settings, gpus=["A", "B"])
-    with slots.take() as first, slots.take() as second:
-        assert [(slot.number, slot.gpu) for slot in (first, second)] == [(0, "A"), (1, "B")]
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, [A, B]),
+        ({"CUDA_VISIBLE_DEVICES": "1,0"}, [B, A]),
+        ({"CUDA_VISIBLE_DEVICES": "GPU-b"}, [B]),
+        ({"CUDA_VISIBLE_DEVICES": ""}, []),
+        ({"CUDA_VISIBLE_DEVICES": "-1"}, []),
+        ({"CUDA_VISIBLE_DEVICES": "GPU-elsewhere"}, [Gpu("GPU-elsewhere")]),
+    ],
+)
+def test_gpus_are_known_by_uuid(driver, environment, expected):
+    assert visible_gpus(environment) == expected
+
+
+def test_without_a_driver_there_is_no_gpu(monkeypatch):
+    def absent():
+        raise pynvml.NVMLError_LibraryNotFound
+
+    monkeypatch.setattr(pynvml, "nvmlInit", absent)
+    assert visible_gpus({}) == []
+    assert visible_gpus({"CUDA_VISIBLE_DEVICES": "0"}) == [Gpu("0")]
+
+
+def test_a_gpu_belongs_to_one_slot(make_house):
+    slots = Slots(make_house(slots=3).settings, gpus=[A, B])
+    with ExitStack() as held:
+        taken = [held.enter_context(slots.take("gpu")) for _ in range(3)]
+        assert [slot and slot.gpu for slot in taken] == [A, B, None]
         assert slots.busy == 2
-        taken = threading.Event()
-
-        def third():
-            with slots.take():
-                taken.set()
-
-        threading.Thread(target=third, daemon=True).start()
-        assert not taken.wait(0.1)
-    assert taken.wait(1.0)
+        assert held.enter_context(slots.take("cpu")).gpu is None
+        assert held.enter_context(slots.take("cpu")) is None
+    assert slots.busy == 0
 
 
-def test_more_slots_than_gpus_share_them(make_house):
-    slots = Slots(make_house(slots=2).settings, gpus=["A"])
-    with slots.take() as first, slots.take() as second:
-        assert first.gpu == second.gpu == "A"
+def test_work_for_the_cpu_leaves_the_gpus_free_while_it_can(make_house):
+    slots = Slots(make_house(slots=2).settings, gpus=[A])
+    with slots.take("cpu") as first, slots.take("cpu") as second:
+        assert (first.gpu, second.gpu) == (None, A)
+
+
+@pytest.mark.parametrize(
+    ("changes", "gpus", "queues", "count"),
+    [
+        ({}, [], QUEUES, 1),  # embedded: whatever comes is answered here
+        ({"broker_url": "redis://h"}, [], ("cpu",), 1),
+        ({"broker_url": "redis://h"}, [A, B], QUEUES, 2),
+        ({"broker_url": "redis://h", "worker_queues": "cpu"}, [A, B], ("cpu",), 1),
+        ({"broker_url": "redis://h", "worker_queues": "gpu"}, [A, B], ("gpu",), 2),
+        ({"broker_url": "redis://h", "slots": 3}, [A, B], QUEUES, 3),
+    ],
+)
+def test_queues_and_slots_follow_the_gpus(make_house, changes, gpus, queues, count):
+    slots = Slots(make_house(**{"slots": None, **changes}).settings, gpus=gpus)
+    assert (slots.queues, slots.count) == (queues, count)
 
 
 def test_the_row_lives_and_retires(house):
-    slots = Slots(house.settings, gpus=["A"])
+    slots = Slots(house.settings, gpus=[A])
     row = WorkerRow(house.database, house.settings, slots)
     row.start()
-    with slots.take():
+    with slots.take("cpu"):
         house.wait(lambda: workers(house)[0].busy == 1)
-    assert workers(house)[0].devices == {"cuda": ["A"]}
+    assert workers(house)[0].devices == {"cuda": [{"uuid": "GPU-a", "name": "H200", "memory_bytes": 141 * 2**30}]}
+    assert workers(house)[0].queues == ["gpu", "cpu"]
     row.stop()
     assert workers(house) == []
+
+
+def test_an_idle_worker_that_hears_no_bell_says_so(make_house):
+    house = make_house(worker_deaf_seconds=0.5)
+    called = []
+    slots = Slots(house.settings, gpus=[])
+    row = WorkerRow(house.database, house.settings, slots, on_deaf=lambda: called.append(1))
+    row.start()
+    house.wait(lambda: workers(house))
+    assert not called
+    with slots.take("cpu"):
+        house.submit({})
+        house.wait(lambda: workers(house)[0].busy == 1)
+        assert not called  # a busy worker is not deaf
+    house.wait(lambda: called)
+    row.stop()
 
 
 def test_the_supervising_side_imports_no_torch_and_no_http():

@@ -173,7 +173,9 @@ def test_a_torn_checkpoint_is_passed_over(house):
     house.blobs.local_path(newest.blob_key).write_text("torn")
     house.run()
     assert house.job(job_id).state == JobState.SUCCEEDED
-    assert [line["step"] for line in house.events(job_id, "step")] == [1, 2, 3, 4, 4, 5]
+    assert [line["step"] for line in house.events(job_id, "step")] == [1, 2, 3, 4, 5]  # step 4 is told once
+    with house.database.read() as session:
+        assert [(row.epoch, row.position) for row in list_checkpoints(session, job_id)] == [(2, 5), (2, 4)]
 
 
 def test_dropped_checkpoints_leave_no_bytes(house):
@@ -318,7 +320,7 @@ def test_a_drain_gives_the_job_back_uncounted(house):
     assert (job.state, job.attempt) == (JobState.QUEUED, 0)
     assert [one.outcome for one in house.attempts(job_id)] == [AttemptOutcome.DRAINED]
     assert house.run() is False  # a drained supervisor claims nothing
-    assert house.another_supervisor().run_next("rankpress") is True
+    assert house.another_supervisor().run_next() is True
     assert house.job(job_id).state == JobState.SUCCEEDED
     assert [line["step"] for line in house.events(job_id, "step")] == [4, 5]
 
@@ -365,7 +367,7 @@ def test_a_spamming_child_ends_well(house):
 
 def test_a_command_that_cannot_start_is_a_crash(house):
     job_id = house.submit({})
-    house.another_supervisor(["/does/not/exist"]).run_next("rankpress")
+    house.another_supervisor(["/does/not/exist"]).run_next()
     assert house.job(job_id).state == JobState.QUEUED
     assert "FileNotFoundError" in house.attempts(job_id)[0].detail
 
