@@ -10,7 +10,7 @@ from celery import Celery, signals
 from celery.apps.worker import Worker
 from kombu.entity import Exchange, Queue
 
-from service.bell import broker_queue, make_celery
+from service.bell import Bell, broker_queue, make_celery
 from service.blobs.store import BlobStore
 from service.settings import Settings
 from service.store.session import Database
@@ -45,7 +45,8 @@ def create_worker(settings: Settings, *, child_command: tuple[str, ...] = CHILD_
     blobs = BlobStore(settings.resolved_blob_url, staging_dir=None if in_files else settings.data_dir / "staging")
     slots = Slots(settings)
     row = WorkerRow(database, settings, slots, on_deaf=_leave_deaf)
-    supervisor = Supervisor(settings, database, blobs, slots, row.worker_id, child_command=child_command)
+    bell = Bell(app)
+    supervisor = Supervisor(settings, database, blobs, slots, row.worker_id, child_command=child_command, bell=bell)
     queues = [broker_queue(queue) for queue in slots.queues]
     app.conf.update(
         worker_pool="threads",
@@ -55,13 +56,17 @@ def create_worker(settings: Settings, *, child_command: tuple[str, ...] = CHILD_
     install_tasks(app, supervisor)
 
     def ready(**_: Any) -> None:
+        supervisor.open(alone=False)
         row.start()
+        for queue in slots.queues:  # jobs may have waited for this start
+            bell.ring(queue)
 
     def stopping(**_: Any) -> None:
         supervisor.drain()
 
     def stopped(**_: Any) -> None:
         row.stop()
+        supervisor.close()
         database.dispose()
 
     signals.worker_ready.connect(ready, weak=False)

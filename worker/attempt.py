@@ -46,6 +46,7 @@ class JobAttempt:
         drain: Drain,
         child_command: Sequence[str],
         claimed_at: float,
+        work_dir: Path,
     ) -> None:
         self._claim = claim
         self._lease = lease
@@ -55,7 +56,7 @@ class JobAttempt:
         self._drain = drain
         self._child_command = child_command
         self._claimed_at = claimed_at
-        self._work_dir = settings.scratch_dir.absolute() / claim.job_id / str(claim.epoch)
+        self._work_dir = work_dir
         self._relay = Relay(lease, blobs, claim, self._work_dir)
         self._gpu = slot.gpu if claim.device != "cpu" else None
 

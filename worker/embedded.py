@@ -1,7 +1,6 @@
 """The worker inside `rankpress serve`: Celery's own, unmodified, on a thread and on a broker in memory."""
 
 import contextlib
-import shutil
 import threading
 import time
 from collections.abc import Sequence
@@ -50,8 +49,7 @@ class EmbeddedWorker:
 
     def start(self) -> None:
         """Put back what an earlier process left running, and begin to work."""
-        settings = self._services.settings
-        shutil.rmtree(settings.scratch_dir, ignore_errors=True)
+        self._supervisor.open(alone=True)
         with self._services.database.write() as session:
             released = release_all_leases(session)
         for job_id, state in released.items():
@@ -74,6 +72,8 @@ class EmbeddedWorker:
             log.error("worker_not_stopped", seconds=STOP_SECONDS)
         celery_state.should_stop = None
         self._row.stop()
+        if not self._thread.is_alive():
+            self._supervisor.close()
 
     def _work(self) -> None:
         settings = self._services.settings

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import structlog
 from sqlalchemy.orm import Session
 
+from service.bell import Bell
 from service.blobs.store import BlobStore
 from service.contract.marks import mark
 from service.contract.states import AttemptOutcome, JobState
@@ -20,6 +21,7 @@ from worker.attempt import JobAttempt
 from worker.child import ChannelBrokenError
 from worker.endings import Canceled, Crashed, Done, Drained, Ending, Failed, LeaseLostError
 from worker.lease import DATABASE_AWAY, Lease
+from worker.scratch import Scratch
 from worker.slots import Slot, Slots
 from worker.stage import Drain
 
@@ -40,6 +42,7 @@ class Supervisor:
         worker_id: str,
         *,
         child_command: Sequence[str] = CHILD_COMMAND,
+        bell: Bell | None = None,
     ) -> None:
         self._settings = settings
         self._database = database
@@ -47,7 +50,17 @@ class Supervisor:
         self._slots = slots
         self._worker_id = worker_id
         self._child_command = child_command
+        self._bell = bell
         self._drain = Drain()
+        self._scratch = Scratch(settings.scratch_dir, worker_id)
+
+    def open(self, *, alone: bool) -> None:
+        """Take the scratch directory, before the first job; `alone` where no other worker can live on this data."""
+        self._scratch.open(alone=alone)
+
+    def close(self) -> None:
+        """Give the scratch directory back, after the last job."""
+        self._scratch.close()
 
     def run_next(self) -> bool:
         """Claim the best job of a queue served here and see its attempt to the end; False when there was none.
@@ -103,6 +116,8 @@ class Supervisor:
             ending = self._run(claim, lease, slot, claimed_at)
             if not isinstance(ending, Done):
                 lease.write(lambda session: self._end(session, claim, ending))
+            if isinstance(ending, Drained) and self._bell is not None:
+                self._bell.ring(claim.queue)  # another worker can have it at once
             bound.info("attempt_ended", ending=type(ending).__name__, detail=_detail(ending))
         except LeaseLostError as error:
             bound.warning("lease_lost", reason=str(error))
@@ -115,7 +130,15 @@ class Supervisor:
 
     def _run(self, claim: Claim, lease: Lease, slot: Slot, claimed_at: float) -> Ending:
         attempt = JobAttempt(
-            claim, lease, self._blobs, self._settings, slot, self._drain, self._child_command, claimed_at
+            claim,
+            lease,
+            self._blobs,
+            self._settings,
+            slot,
+            self._drain,
+            self._child_command,
+            claimed_at,
+            self._scratch.attempt(claim.job_id, claim.epoch),
         )
         try:
             return attempt.run()

@@ -37,6 +37,7 @@ class Claim:
     """A job that now belongs to one attempt."""
 
     job_id: str
+    queue: str
     epoch: int
     attempt: int  # tries since the last checkpoint, this one counted
     max_attempts: int
@@ -220,6 +221,9 @@ def _claimable(queue: str, gpu_memory_bytes: int | None) -> ColumnElement[bool]:
         Job.not_before <= database_time(),
         Job.cancel_requested_at.is_(None),
         Job.attempt < Job.max_attempts,
+        # What a deadline has ended is left to the reconciler, which says so.
+        or_(Job.queue_expires_at.is_(None), Job.lease_epoch > 0, Job.queue_expires_at > database_time()),
+        Job.run_seconds_used < Job.run_seconds_limit,
     ]
     if gpu_memory_bytes is not None:
         conditions.append(or_(Job.min_gpu_memory_bytes.is_(None), Job.min_gpu_memory_bytes <= gpu_memory_bytes))
@@ -231,6 +235,7 @@ def _claim_of(session: Session, row: Job) -> Claim:
     dataset = None if row.dataset_id is None else session.get_one(Dataset, row.dataset_id)
     return Claim(
         job_id=row.id,
+        queue=row.queue,
         epoch=row.lease_epoch,
         attempt=row.attempt,
         max_attempts=row.max_attempts,

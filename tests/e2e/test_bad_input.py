@@ -374,5 +374,5 @@ def test_the_service_goes_on(service: Service, http: httpx2.Client, model_file: 
         assert [warning for warning in warnings if "'encoder.*'" in warning["message"]], warnings
     assert http.get("/v1/health/ready").json()["status"] == "ready"
     scratch = service.folder / "data" / "scratch"
-    assert not list(scratch.iterdir()), "nothing of the attempts is left"
+    assert not list(scratch.rglob("job_*")), "nothing of the attempts is left"
     assert not list(Path(service.folder).rglob("stolen")), "no model wrote a file"

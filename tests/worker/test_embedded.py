@@ -90,7 +90,7 @@ def test_a_start_takes_back_what_an_earlier_process_left(house, start_worker):
     start_worker(house)
     house.wait_for_state(job_id, JobState.SUCCEEDED)
     assert [one.epoch for one in house.attempts(job_id)] == [1, 2]
-    assert not list(house.settings.scratch_dir.iterdir())
+    assert not list(house.settings.scratch_dir.rglob(f"{job_id}/1"))
 
 
 def test_a_stopped_worker_can_be_followed_by_another(make_house, start_worker):
