@@ -42,7 +42,7 @@ def client_options(environment: Mapping[str, str], away_seconds: float) -> dict[
     """How requests are sent: given options hide the variables that name the same ones, so those are read here."""
     options: dict[str, Any] = {
         "connect_timeout": timedelta(seconds=away_seconds / 6),
-        "timeout": timedelta(seconds=away_seconds * 0.6),
+        "timeout": timedelta(seconds=away_seconds / 2),
     }
     endpoint = environment.get("AWS_ENDPOINT_URL_S3") or environment.get("AWS_ENDPOINT_URL") or ""
     # Whoever names an endpoint without TLS means it.

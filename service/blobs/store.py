@@ -2,10 +2,8 @@
 
 import contextlib
 import hashlib
-import os
 import re
 import secrets
-import shutil
 import time
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime, timedelta
@@ -17,15 +15,20 @@ import obstore
 from obstore.store import LocalStore, ObjectStore
 
 from service.blobs.errors import BlobStoreAwayError, store_errors
+from service.blobs.local import copy_durably, move_durably, read_range, sync_file
 from service.blobs.remote import PARTS_AT_ONCE, open_remote, part_bytes
 from service.blobs.writer import BLOCK_BYTES, BlobWriter, StagedBlob
-from service.contract.errors import ErrorCode, ProblemError
+from service.contract.errors import ProblemError
 
 if TYPE_CHECKING:
     from obstore import ObjectMeta  # a name for type checkers alone
 
-_KEY = re.compile(r"sha256/[0-9a-f]{2}/[0-9a-f]{62}|checkpoints/job_[0-9a-z]{26}/[0-9]+/[0-9A-Za-z][0-9A-Za-z._-]*")
-_PREFIXES = ("sha256", "checkpoints")
+_KEY = re.compile(
+    r"sha256/[0-9a-f]{2}/[0-9a-f]{62}"
+    r"|checkpoints/job_[0-9a-z]{26}/[0-9]+/[0-9A-Za-z][0-9A-Za-z._-]*"
+    r"|probe/[0-9a-f]{16}"
+)
+_PREFIXES = ("sha256", "checkpoints", "probe")
 _STAGING = "staging"
 _READ_BYTES = 8 * 1024**2  # of one request to an object store
 _KEYS_OF_A_PAGE = 1000
@@ -115,7 +118,7 @@ class BlobStore:
         stop = size if end is None else min(end, size)
         path = self.local_path(key)
         if path is not None:
-            return _read_file(path, start, stop, block_bytes)
+            return read_range(path, start, stop, block_bytes)
         return self._read_object(key, start, stop, block_bytes)
 
     def size(self, key: str) -> int:
@@ -181,14 +184,17 @@ class BlobStore:
     def sweep_staging(self, seconds: float) -> int:
         """Delete staged files that a crash left behind so long ago; returns how many."""
         limit = time.time() - seconds
-        old = [path for path in self._staging.iterdir() if path.is_file() and path.stat().st_mtime < limit]
-        for path in old:
-            path.unlink(missing_ok=True)
-        return len(old)
+        swept = 0
+        for path in self._staging.iterdir():
+            with contextlib.suppress(FileNotFoundError):  # another service sweeps too
+                if path.is_file() and path.stat().st_mtime < limit:
+                    path.unlink()
+                    swept += 1
+        return swept
 
     def check(self) -> None:
         """Write, read and delete a small object; raises BlobStoreAwayError or `STORAGE_FULL` with what went wrong."""
-        path = f"probe/{secrets.token_hex(8)}"
+        path = _checked(f"probe/{secrets.token_hex(8)}")  # what a crash leaves of it is an orphan, which is swept
         written = secrets.token_bytes(16)
         with store_errors(self.url, writing=True):
             obstore.put(self._prober, path, written)
@@ -206,17 +212,16 @@ class BlobStore:
         return True
 
     def _copy_in(self, path: Path, key: str, *, move: bool) -> None:
-        if move and path.stat().st_dev == self._staging.stat().st_dev:
+        device = path.stat().st_dev  # a file that is missing here is not the store's fault
+        if move and device == self._staging.stat().st_dev:
             with store_errors(self.url, writing=True):
-                _sync_file(path)
+                sync_file(path)
             self._move_in(path, key)
             return
         copy = self._staging / secrets.token_hex(16)
         try:
-            with path.open("rb") as source, store_errors(self.url, writing=True), copy.open("xb") as target:
-                shutil.copyfileobj(source, target, BLOCK_BYTES)
-                target.flush()
-                os.fsync(target.fileno())
+            with store_errors(self.url, writing=True):
+                copy_durably(path, copy)
             self._move_in(copy, key)
         finally:
             copy.unlink(missing_ok=True)
@@ -226,13 +231,8 @@ class BlobStore:
             self._upload(path, key)
             path.unlink(missing_ok=True)
             return
-        target = self.root / key
         with store_errors(self.url, writing=True):
-            missing = [folder for folder in (target.parent, *target.parent.parents) if not folder.exists()]
-            target.parent.mkdir(parents=True, exist_ok=True)
-            path.replace(target)
-            for folder in {target.parent, *(folder.parent for folder in missing)}:
-                _sync_directory(folder)
+            move_durably(path, self.root / key)
 
     def _upload(self, path: Path, key: str) -> None:
         """Send a file in parts; memory holds only those that are under way, and the key shows all of it or nothing."""
@@ -258,28 +258,3 @@ def _checked(key: str) -> str:
     if not _KEY.fullmatch(key):
         raise ValueError(f"expected a blob key such as sha256/ab/cd… or checkpoints/job_…/1/3; found {key!r}")
     return key
-
-
-def _read_file(path: Path, start: int, stop: int, block_bytes: int) -> Iterator[bytes]:
-    with path.open("rb", buffering=0) as file:
-        file.seek(start)
-        left = stop - start
-        while left > 0:
-            block = file.read(min(block_bytes, left))
-            if not block:
-                raise ProblemError(ErrorCode.INTERNAL, f"expected {left} more bytes in a stored file; found its end")
-            left -= len(block)
-            yield block
-
-
-def _sync_file(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -183,6 +183,14 @@ def test_the_probe_writes_reads_and_deletes(store):
     assert store.probe()
 
 
+def test_what_a_killed_probe_left_is_swept(disk):
+    (disk.root / "probe").mkdir()
+    (disk.root / "probe" / ("0" * 16)).touch()
+    (left,) = disk.keys_older_than(-60)
+    assert disk.delete_if_older(left, -60)
+    assert list((disk.root / "probe").iterdir()) == []
+
+
 def test_the_probe_tells_what_is_wrong(disk):
     (disk.root / "probe").write_text("in the way")
     assert not disk.probe()
