@@ -4,18 +4,21 @@ import contextlib
 import os
 import shutil
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import structlog
 
+from service.blobs.errors import BlobDamagedError, BlobStoreAwayError
 from service.blobs.store import BlobStore
 from service.contract.errors import ErrorCode
 from service.contract.marks import mark
 from service.contract.states import Phase
 from service.settings import Settings
-from service.store.attempts import Claim
+from service.store.attempts import Claim, InputFile
 from service.store.checkpoints import CheckpointRow
+from worker.cache import BlobCache
 from worker.channel import Assignment
 from worker.child import ChildProcess
 from worker.endings import Canceled, Done, Drained, Ending, Failed, failed
@@ -41,6 +44,7 @@ class JobAttempt:
         claim: Claim,
         lease: Lease,
         blobs: BlobStore,
+        cache: BlobCache,
         settings: Settings,
         slot: Slot,
         drain: Drain,
@@ -51,6 +55,7 @@ class JobAttempt:
         self._claim = claim
         self._lease = lease
         self._blobs = blobs
+        self._cache = cache
         self._settings = settings
         self._slot = slot
         self._drain = drain
@@ -73,7 +78,10 @@ class JobAttempt:
         self._work_dir.mkdir(parents=True, exist_ok=True)
         try:
             done = Done()
-            first = self._first_assignment()
+            try:
+                first = self._first_assignment()
+            except (BlobDamagedError, FileNotFoundError) as error:
+                return _input_gone(error)
             for stage in STAGES:
                 if self._drain or self._lease.cancel_requested:
                     return Canceled() if self._lease.cancel_requested else Drained()
@@ -109,9 +117,9 @@ class JobAttempt:
         claim = self._claim
         deadlines = claim.spec.get("deadlines") or {}
         dataset = claim.dataset
-        model_path = self._fetch(claim.model.blob_key)
-        data_path = None if dataset is None else self._fetch(dataset.blob_key)
-        resume = self._lease.hold_while(self._checkpoint_file)
+        model_path = self._fetch(claim.model)
+        data_path = None if dataset is None else self._fetch(dataset)
+        resume = self._checkpoint_file()
         return Assignment(
             stage="learn",
             job_id=claim.job_id,
@@ -138,8 +146,12 @@ class JobAttempt:
             },
         )
 
-    def _fetch(self, key: str) -> Path:
-        return self._lease.hold_while(lambda: self._blobs.fetch(key, self._work_dir))
+    def _fetch(self, file: InputFile | CheckpointRow, *, keep: bool = True) -> Path:
+        def fetch() -> Path:
+            check = self._lease.check  # nobody waits for a download that is of no use any more
+            return self._cache.fetch(file.blob_key, file.sha256, self._work_dir, keep=keep, between_blocks=check)
+
+        return self._lease.hold_while(fetch)
 
     def _checkpoint_file(self) -> Path | None:
         """The newest checkpoint whose bytes are whole; a torn one is as if it were not there."""
@@ -151,9 +163,11 @@ class JobAttempt:
 
     def _whole_file(self, row: CheckpointRow) -> Path | None:
         try:
-            path = self._blobs.fetch(row.blob_key, self._work_dir)
-            if sha256_of(path) == row.sha256:
+            path = self._fetch(row, keep=False)
+            if self._lease.hold_while(partial(sha256_of, path)) == row.sha256:
                 return path
+        except BlobStoreAwayError:
+            raise  # it may be whole: the job waits rather than begin again
         except OSError as error:
             log.warning("checkpoint_unreadable", job_id=self._claim.job_id, position=row.position, error=str(error))
             return None
@@ -194,3 +208,11 @@ class JobAttempt:
         shutil.rmtree(self._work_dir, ignore_errors=True)
         with contextlib.suppress(OSError):
             self._work_dir.parent.rmdir()  # unless another epoch's is in it
+
+
+def _input_gone(error: Exception) -> Failed:
+    return failed(
+        ErrorCode.INTERNAL,
+        f"the model or the dataset of the job is not in the blob store as it was uploaded ({error}): upload it again "
+        "and submit the job anew, and look after the store",
+    )

@@ -43,7 +43,14 @@ class Drained:
     """The worker is asked to stop; the job goes on elsewhere."""
 
 
-Ending = Done | Failed | Crashed | Canceled | Drained
+@dataclass(frozen=True)
+class Deferred:
+    """What the attempt needs of its surroundings is away; the job waits for it, and the try does not count."""
+
+    detail: str
+
+
+Ending = Done | Failed | Crashed | Canceled | Drained | Deferred
 
 
 class LeaseLostError(Exception):

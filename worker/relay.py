@@ -11,7 +11,9 @@ import structlog
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
+from service.blobs.errors import BlobStoreAwayError
 from service.blobs.store import BlobStore, checkpoint_key
+from service.contract.errors import ProblemError
 from service.contract.events import EventKind, Progress
 from service.contract.marks import mark
 from service.contract.plan import LayerFacts, RankRow
@@ -167,7 +169,11 @@ class Relay:
         self.flush()
         path = regular_file(Path(message.path), self._work_dir)
         key = checkpoint_key(self._job_id, self._epoch, message.position)
-        self._lease.hold_while(partial(self._blobs.put_file, path, key, move=True))
+        try:
+            self._lease.hold_while(partial(self._blobs.put_file, path, key, move=True))
+        except (BlobStoreAwayError, ProblemError) as error:
+            self._do_without(path, error)
+            return
         dropped = self._lease.write(
             lambda session: insert_checkpoint(
                 session,
@@ -181,6 +187,13 @@ class Relay:
         )
         mark("checkpoint_row")
         self._forget(dropped)
+
+    def _do_without(self, path: Path, error: Exception) -> None:
+        """Go on although a checkpoint could not be stored: the next one may be, and until then nothing is lost."""
+        log.warning("checkpoint_not_stored", job_id=self._job_id, epoch=self._epoch, error=str(error))
+        path.unlink(missing_ok=True)
+        message = f"a checkpoint could not be stored, the run goes on without it: {error}"
+        self._events.append((EventKind.WARNING, {"code": "CHECKPOINT_NOT_STORED", "message": message}))
 
     def _forget(self, keys: list[str]) -> None:
         for key in keys:

@@ -10,7 +10,9 @@ import structlog
 from sqlalchemy.orm import Session
 
 from service.bell import Bell
+from service.blobs.errors import BlobStoreAwayError
 from service.blobs.store import BlobStore
+from service.contract.errors import ErrorCode, ProblemError
 from service.contract.marks import mark
 from service.contract.states import AttemptOutcome, JobState
 from service.settings import Settings
@@ -18,14 +20,17 @@ from service.store import attempts
 from service.store.attempts import Claim, backoff_seconds
 from service.store.session import Database
 from worker.attempt import JobAttempt
+from worker.cache import BlobCache
 from worker.child import ChannelBrokenError
-from worker.endings import Canceled, Crashed, Done, Drained, Ending, Failed, LeaseLostError
+from worker.endings import Canceled, Crashed, Deferred, Done, Drained, Ending, Failed, LeaseLostError
 from worker.lease import DATABASE_AWAY, Lease
 from worker.scratch import Scratch
 from worker.slots import Slot, Slots
 from worker.stage import Drain
 
 CHILD_COMMAND = (sys.executable, "-m", "worker.runner")
+
+DEFERRED_AS_TRY = 3  # a job whose surroundings are away waits as after its third try, and as often as need be
 
 log = structlog.get_logger(__name__)
 
@@ -53,6 +58,7 @@ class Supervisor:
         self._bell = bell
         self._drain = Drain()
         self._scratch = Scratch(settings.scratch_dir, worker_id)
+        self._cache = BlobCache(blobs, settings.cache_dir, settings.cache_bytes)
 
     def open(self, *, alone: bool) -> None:
         """Take the scratch directory, before the first job; `alone` where no other worker can live on this data."""
@@ -133,6 +139,7 @@ class Supervisor:
             claim,
             lease,
             self._blobs,
+            self._cache,
             self._settings,
             slot,
             self._drain,
@@ -146,6 +153,12 @@ class Supervisor:
             raise
         except ChannelBrokenError as error:
             return Crashed(str(error))
+        except BlobStoreAwayError as error:
+            return Deferred(f"the blob store is away: {error}")
+        except ProblemError as error:
+            if error.code != ErrorCode.STORAGE_FULL:
+                raise
+            return Deferred(error.detail)
         except Exception as error:
             log.exception("attempt_failed", job_id=claim.job_id, epoch=claim.epoch)
             return Crashed(f"the worker met an error of its own: {type(error).__name__}: {error}")
@@ -157,23 +170,27 @@ class Supervisor:
         if isinstance(ending, Canceled):
             return attempts.finish_canceled(session, claim.job_id, claim.epoch)
         outcome = AttemptOutcome.DRAINED if isinstance(ending, Drained) else AttemptOutcome.CRASHED
-        return self._requeue(session, claim, outcome, _detail(ending)) is not None
+        state = self._requeue(session, claim, outcome, _detail(ending), counted=not isinstance(ending, Deferred))
+        return state is not None
 
     def _give_back(self, session: Session, claim: Claim) -> bool:
         """Free a job whose lease this attempt has let run out, if no other attempt has it yet."""
         detail = "the worker could not confirm its lease in time and ended its child"
         return self._requeue(session, claim, AttemptOutcome.LOST, detail) is not None
 
-    def _requeue(self, session: Session, claim: Claim, outcome: AttemptOutcome, detail: str | None) -> JobState | None:
-        counted = outcome is not AttemptOutcome.DRAINED
-        delay = backoff_seconds(claim.attempt, self._settings.retry_base_seconds, self._settings.retry_cap_seconds)
+    def _requeue(
+        self, session: Session, claim: Claim, outcome: AttemptOutcome, detail: str | None, *, counted: bool = True
+    ) -> JobState | None:
+        tries = claim.attempt if counted else DEFERRED_AS_TRY
+        delay = backoff_seconds(tries, self._settings.retry_base_seconds, self._settings.retry_cap_seconds)
+        drained = outcome is AttemptOutcome.DRAINED
         return attempts.requeue(
             session,
             claim.job_id,
             claim.epoch,
             outcome=outcome,
-            delay_seconds=delay if counted else 0.0,
-            counted=counted,
+            delay_seconds=0.0 if drained else delay,
+            counted=counted and not drained,
             detail=detail,
         )
 
@@ -181,4 +198,4 @@ class Supervisor:
 def _detail(ending: Ending) -> str | None:
     if isinstance(ending, Failed):
         return ending.problem.detail
-    return ending.detail if isinstance(ending, Crashed) else None
+    return ending.detail if isinstance(ending, Crashed | Deferred) else None
