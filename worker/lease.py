@@ -4,7 +4,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from typing import TypeVar
 
 import structlog
@@ -194,9 +194,33 @@ class Lease:
             log.warning("refusal_not_counted", job_id=self._job_id, error=str(error))
 
     def hold_while(self, work: Callable[[], T]) -> T:
-        """Do something slow (move bytes) in another thread while the heartbeats go on in this one."""
-        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="bytes") as pool:
-            future = pool.submit(work)
-            while not wait([future], timeout=self.heartbeat_seconds / 2).done:
-                self.beat_if_due()
-            return future.result()
+        """Do something slow (move bytes) in another thread while the heartbeats go on in this one.
+
+        A lease that is lost meanwhile ends the wait; what the thread still does has no effect.
+        """
+        future = _aside(work)
+        while not wait([future], timeout=self.heartbeat_seconds / 2).done:
+            self.beat_if_due()
+        return future.result()
+
+    def hold_unless_canceled(self, work: Callable[[], T]) -> T | None:
+        """Do something slow whose result a canceled job does not need; None when the cancel came first."""
+        future = _aside(work)
+        while not wait([future], timeout=self.heartbeat_seconds / 2).done:
+            self.beat_if_due()
+            if self.cancel_requested:
+                return None
+        return future.result()
+
+
+def _aside(work: Callable[[], T]) -> Future[T]:
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:  # noqa: BLE001 - it is raised where the result is asked for
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="bytes", daemon=True).start()
+    return future

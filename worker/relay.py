@@ -170,7 +170,8 @@ class Relay:
         path = regular_file(Path(message.path), self._work_dir)
         key = checkpoint_key(self._job_id, self._epoch, message.position)
         try:
-            self._lease.hold_while(partial(self._blobs.put_file, path, key, move=True))
+            if self._lease.hold_unless_canceled(partial(self._put, path, key)) is None:
+                return
         except (BlobStoreAwayError, ProblemError) as error:
             self._do_without(path, error)
             return
@@ -187,6 +188,10 @@ class Relay:
         )
         mark("checkpoint_row")
         self._forget(dropped)
+
+    def _put(self, path: Path, key: str) -> str:
+        self._blobs.put_file(path, key, move=True)
+        return key
 
     def _do_without(self, path: Path, error: Exception) -> None:
         """Go on although a checkpoint could not be stored: the next one may be, and until then nothing is lost."""

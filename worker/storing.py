@@ -15,7 +15,7 @@ from service.store.attempts import Claim, finish_succeeded
 from service.store.models import get_model
 from worker.channel import ARTIFACT_FILE, REPORT_FILE
 from worker.child import regular_file
-from worker.endings import Done, Ending, failed
+from worker.endings import Canceled, Done, Ending, failed
 from worker.lease import Lease
 
 _MODEL_SUFFIXES = frozenset({".pt", ".pth", ".ts", ".jit", ".torchscript"})
@@ -41,8 +41,10 @@ def store_results(verified: Done, claim: Claim, lease: Lease, blobs: BlobStore, 
             f"expected the file that was verified ({verified_sha256}); found another one to store ({artifact_sha256})",
         )
     summary = ResultSummary.model_validate(verified.result.get("summary"))
-    stored_artifact = lease.hold_while(partial(blobs.put_content, artifact, move=True))
-    stored_report = lease.hold_while(partial(blobs.put_content, report, move=True))
+    stored_artifact = lease.hold_unless_canceled(partial(blobs.put_content, artifact, move=True))
+    stored_report = lease.hold_unless_canceled(partial(blobs.put_content, report, move=True))
+    if stored_artifact is None or stored_report is None:
+        return Canceled()
     mark("artifact_put")
 
     def insert(session: Session, name: str, file_format: str, stored: tuple[str, str, int]) -> str | None:

@@ -37,6 +37,7 @@ class Event(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     id: int
+    epoch: int | None = None  # of the attempt that told it; none for what the service itself did
     kind: EventKind
     data: dict[str, Any]
     created_at: datetime

@@ -59,6 +59,6 @@ def list_events(session: Session, job_id: str, after: int, limit: int) -> list[E
     """The lines after a number, oldest first."""
     query = select(Event).where(Event.job_id == job_id, Event.number > after).order_by(Event.number).limit(limit)
     return [
-        EventLine(id=row.number, kind=EventKind(row.kind), data=row.data, created_at=row.created_at)
+        EventLine(id=row.number, epoch=row.epoch, kind=EventKind(row.kind), data=row.data, created_at=row.created_at)
         for row in session.scalars(query)
     ]

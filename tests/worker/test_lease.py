@@ -7,8 +7,9 @@ import psutil
 import pytest
 from sqlalchemy.exc import OperationalError
 
-from service.contract.states import JobState
+from service.contract.states import AttemptOutcome, JobState
 from service.store import attempts
+from service.store.counters import FENCED_WRITES_REFUSED, read_counters
 from worker.endings import LeaseLostError
 from worker.lease import Fence, Lease
 
@@ -138,3 +139,49 @@ def test_the_database_away_at_the_end_delays_the_end(house, monkeypatch):
         time.sleep(1.0)
     thread.join(5)
     assert house.job(job_id).state == JobState.SUCCEEDED
+
+
+def refused(house):
+    with house.database.read() as session:
+        return read_counters(session).get(FENCED_WRITES_REFUSED, {}).get("", 0.0)
+
+
+def requeue_of(claim):
+    def requeue(session):
+        lost = AttemptOutcome.LOST
+        return attempts.requeue(session, claim.job_id, claim.epoch, outcome=lost, delay_seconds=0, counted=True)
+
+    return requeue
+
+
+def test_a_write_that_is_refused_is_counted(house, claimed):
+    claim, lease = claimed
+    lease.write(requeue_of(claim))
+    assert refused(house) == 0
+    with pytest.raises(LeaseLostError):
+        lease.write(requeue_of(claim))
+    assert refused(house) == 1
+    lease.let_go(requeue_of(claim))  # the loss was noticed by a write, which is counted already
+    assert refused(house) == 1
+
+
+def test_a_ghost_frees_what_nobody_has_taken_and_is_refused_where_another_has(house, claimed):
+    claim, lease = claimed
+    lease.fence.passed = True
+    lease.let_go(requeue_of(claim))
+    assert (house.job(claim.job_id).state, refused(house)) == (JobState.QUEUED, 0)
+    with house.database.write() as session:
+        attempts.claim(session, queue="cpu", worker_id="w2", host="h", pid=1, lease_seconds=3.0)
+    lease.let_go(requeue_of(claim))
+    assert (house.job(claim.job_id).state, refused(house)) == (JobState.RUNNING, 1)
+
+
+def test_a_cancel_ends_the_wait_for_slow_bytes(house, claimed):
+    claim, lease = claimed
+    assert lease.hold_unless_canceled(lambda: "stored") == "stored"
+    house.cancel(claim.job_id)
+    enough = threading.Event()
+    began = time.monotonic()
+    assert lease.hold_unless_canceled(enough.wait) is None
+    assert time.monotonic() - began < 2
+    enough.set()
