@@ -3,10 +3,10 @@
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from click import Context
+from click import Context, Group
 from pydantic.fields import FieldInfo
 
 from service.app import document
@@ -109,16 +109,17 @@ def _command_page() -> str:
         "Exit codes: 0 done, 1 failed or canceled, 2 wrong usage, 3 budget missed, 4 timeout, 5 service away.",
         "This page is generated: `python -m service.openapi`.",
     ]
-    for context in [top, *(_context(top, name) for name in command.list_commands(top))]:
+    for context in [top, *_contexts_below(top)]:
         lines += ["", f"## {context.command_path}", "", "```text", context.get_help(), "```"]
     return "\n".join(lines) + "\n"
 
 
-def _context(parent: Context, name: str) -> Context:
-    found = command.get_command(parent, name)
-    if found is None:
-        raise LookupError(name)
-    return Context(found, info_name=name, parent=parent, max_content_width=HELP_WIDTH, terminal_width=HELP_WIDTH)
+def _contexts_below(parent: Context) -> Iterator[Context]:
+    commands = parent.command.commands if isinstance(parent.command, Group) else {}
+    for name, found in sorted(commands.items()):
+        context = Context(found, info_name=name, parent=parent, max_content_width=HELP_WIDTH, terminal_width=HELP_WIDTH)
+        yield context
+        yield from _contexts_below(context)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import click
 
-from service.cli import about, compress, exits, jobs, serve
+from service.cli import about, compress, doctor, exits, jobs, keys, serve, worker
 from service.cli.exits import ExitCode
 from service.cli.output import note, print_json, print_problem
 from service.client import ClientError
@@ -32,6 +32,7 @@ def cli() -> None:
 
 for _command in (
     serve.serve,
+    worker.worker,
     compress.compress,
     compress.submit,
     compress.watch,
@@ -40,6 +41,8 @@ for _command in (
     jobs.jobs,
     jobs.inspect,
     serve.migrate,
+    doctor.doctor,
+    keys.keys,
     about.capabilities,
     about.schema,
 ):

@@ -1,35 +1,38 @@
-"""`serve` and `migrate`: the composition root, where the extras are imported, lazily."""
+"""`serve` and `migrate`: the composition root of the API, where the extras are imported, lazily."""
 
 import signal
 import socket
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
 from service.cli import services_file
+from service.cli.composition import (
+    data_dir_option,
+    extras,
+    open_database,
+    read_settings,
+    require_schema,
+    warn_of_one_machine,
+)
 from service.cli.data_lock import hold
 from service.cli.exits import ExitCode
 from service.cli.logs import set_up_logs
+from service.contract.errors import ErrorCode, ProblemError
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
+    from service.app import Component
     from service.services import Services
     from service.settings import Settings
+    from service.store.session import Database
 
 BACKLOG = 2048
 SHUTDOWN_SECONDS = 10  # how long open requests may take once the service was asked to stop
-
-data_dir_option = click.option(
-    "--data",
-    "data_dir",
-    type=click.Path(file_okay=False, path_type=Path),
-    help="Folder of the embedded service: database, blobs, key.  [default: the user's data folder]",
-)
 
 
 @click.command()
@@ -37,23 +40,21 @@ data_dir_option = click.option(
 @click.option("--host", help="Address to listen on.  [default: 127.0.0.1]")
 @click.option("--port", type=click.IntRange(0, 65535), help="Port; 0 takes a free one.  [default: 8080]")
 def serve(data_dir: Path | None, host: str | None, port: int | None) -> int:
-    """Run the whole service in one process.
+    """Run the service.
 
-    It holds the API, a worker and the store, and needs no other program beside it.
+    Without a broker it is the whole service in one process: API, worker and store, with no other program beside it.
+    With RANKPRESS_BROKER_URL it is the API alone, as often and on as many machines as you like; jobs run in
+    `rankpress worker`, and the schema must have been brought up by `rankpress migrate`.
     """
-    with _extras("serve", "all"):
-        from service.keys_file import ensure_api_key
-        from service.services import build_services
-        from service.store.migration import migrate as migrate_database
-
-        settings = _settings(data_dir=data_dir, host=host, port=port)
-        set_up_logs(settings.log_level)
-        with hold(settings.lock_file):
-            services = build_services(settings)
-            migrate_database(services.database)
-            _, key_file = ensure_api_key(settings)
-            listener = _listen(settings.host, settings.port)
-            _run(_application(services), listener, lambda: _announce(settings, listener, key_file))
+    with extras("serve", "all"):
+        settings = read_settings(data_dir=data_dir, host=host, port=port)
+    set_up_logs(settings.log_level, settings.log_format)
+    if settings.embedded:
+        with extras("serve", "all"), hold(settings.lock_file):
+            _serve_everything(settings)
+    else:
+        with extras("serve", "api"):
+            _serve_api(settings)
     return ExitCode.DONE
 
 
@@ -61,56 +62,84 @@ def serve(data_dir: Path | None, host: str | None, port: int | None) -> int:
 @data_dir_option
 def migrate(data_dir: Path | None) -> int:
     """Bring the database's schema to this version."""
-    with _extras("migrate", "api"):
+    with extras("migrate", "api"):
         from service.store.migration import migrate as migrate_database
-        from service.store.session import Database
 
-        settings = _settings(data_dir=data_dir)
-        if not settings.database_url:
-            settings.data_dir.mkdir(parents=True, exist_ok=True)
-        migrate_database(Database(settings.resolved_database_url))
+        with open_database(read_settings(data_dir=data_dir)) as database:
+            migrate_database(database)
     click.echo("the schema is up to date")
     return ExitCode.DONE
 
 
-@contextmanager
-def _extras(command: str, extra: str) -> Iterator[None]:
-    """Say which extra to install where a package of it is missing."""
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        missing = (error.name or "").partition(".")[0]
-        if missing in {"service", "worker", "migrations"}:
-            raise
-        raise click.UsageError(
-            f"`rankpress {command}` needs the package {missing}, which comes with an extra: "
-            f"pip install 'rankpress[{extra}]'"
-        ) from error
-
-
-def _settings(**given: Any) -> "Settings":
-    from pydantic import ValidationError
-
-    from service.settings import Settings
-
-    try:
-        return Settings(**{name: value for name, value in given.items() if value is not None})
-    except ValidationError as error:
-        told = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
-        raise click.UsageError(f"the settings (RANKPRESS_… in the environment) do not fit: {told}") from error
-
-
-def _application(services: "Services") -> "FastAPI":
-    from service.app import Component, create_app
-    from service.reconcile import Reconciler
+def _serve_everything(settings: "Settings") -> None:
+    from service.keys_file import ensure_api_key
+    from service.services import build_services
+    from service.store.migration import migrate as migrate_database
     from worker.embedded import EmbeddedWorker
 
-    components: list[Component] = [
-        Reconciler(services.database, services.bell, services.settings, services.blobs),
-    ]
-    if services.settings.embedded:
-        components.append(EmbeddedWorker(services))
-    return create_app(services, components=components)
+    services = build_services(settings)
+    migrate_database(services.database)
+    _, key_file = ensure_api_key(settings)
+    listener = _listen(settings.host, settings.port)
+    app = _application(services, EmbeddedWorker(services))
+
+    def announce() -> None:
+        url = _announce_address(listener)
+        if key_file is None:
+            click.echo("The API key is the one in RANKPRESS_API_KEY")
+        else:
+            click.echo(f"The API key is in {key_file}{_remember(url, key_file)}")
+        click.echo(f"Data is kept in {settings.data_dir.absolute()}; stop with Ctrl-C")
+
+    _run(app, listener, announce, "stopping; a job that runs goes on at the next start")
+
+
+def _serve_api(settings: "Settings") -> None:
+    """Serve without a worker; nothing of it belongs to one process, so any number may run."""
+    from service.checks.urls import shown_url
+    from service.services import build_services
+
+    with open_database(settings) as database:
+        require_schema(database)
+        keys = _keys_said(settings, database)
+    services = build_services(settings)
+    listener = _listen(settings.host, settings.port)
+
+    def announce() -> None:
+        _announce_address(listener)
+        click.echo(keys)
+        click.echo(
+            f"API only, jobs run in `rankpress worker`; database {shown_url(settings.resolved_database_url)}, "
+            f"broker {shown_url(settings.broker_url)}, files {shown_url(settings.resolved_blob_url)}"
+        )
+        warn_of_one_machine(settings)
+
+    _run(_application(services), listener, announce, "stopping; jobs go on in their workers")
+
+
+def _keys_said(settings: "Settings", database: "Database") -> str:
+    """Which keys are taken; refuses a service that nobody could speak to."""
+    from service.store.keys import list_keys
+
+    with database.read() as session:
+        count = sum(key.revoked_at is None for key in list_keys(session))
+    if settings.api_key is not None:
+        return "The API key is the one in RANKPRESS_API_KEY" + (f"; in the database: {count} more" if count else "")
+    if count:
+        return f"The API keys are those in the database: {count} (`rankpress keys list`)"
+    raise ProblemError(
+        ErrorCode.STATE_CONFLICT,
+        "expected an API key that is the same on every machine; found neither RANKPRESS_API_KEY nor a key in the "
+        "database: set the variable, or make a key with `rankpress keys add NAME`",
+    )
+
+
+def _application(services: "Services", *beside: "Component") -> "FastAPI":
+    from service.app import create_app
+    from service.reconcile import Reconciler
+
+    reconciler = Reconciler(services.database, services.bell, services.settings, services.blobs)
+    return create_app(services, components=[reconciler, *beside])
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -122,17 +151,12 @@ def _listen(host: str, port: int) -> socket.socket:
         raise OSError(f"cannot listen on {host}:{port}: {error.strerror}; choose another with --port") from error
 
 
-def _announce(settings: "Settings", listener: socket.socket, key_file: Path | None) -> None:
+def _announce_address(listener: socket.socket) -> str:
     host, port = listener.getsockname()[:2]
     reachable = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)  # noqa: S104
     url = f"http://{reachable}:{port}"
     click.echo(f"Rankpress listens on {url}  (documentation: {url}/docs)")
-    if key_file is None:
-        click.echo("The API key is the one in RANKPRESS_API_KEY")
-    else:
-        click.echo(f"The API key is in {key_file}{_remember(url, key_file)}")
-    click.echo(f"Data is kept in {settings.data_dir.absolute()}; stop with Ctrl-C")
-    sys.stdout.flush()
+    return url
 
 
 def _remember(url: str, key_file: Path) -> str:
@@ -143,7 +167,7 @@ def _remember(url: str, key_file: Path) -> str:
     return "; the rankpress command finds it by itself"
 
 
-def _run(app: "FastAPI", listener: socket.socket, announce: Callable[[], None]) -> None:
+def _run(app: "FastAPI", listener: socket.socket, announce: Callable[[], None], goodbye: str) -> None:
     import uvicorn
 
     class AnnouncingServer(uvicorn.Server):
@@ -151,9 +175,10 @@ def _run(app: "FastAPI", listener: socket.socket, announce: Callable[[], None]) 
             await super().startup(sockets)
             if self.started:
                 announce()
+                sys.stdout.flush()
 
         async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-            click.echo("stopping; a job that runs goes on at the next start")
+            click.echo(goodbye)
             await super().shutdown(sockets)
 
     config = uvicorn.Config(
