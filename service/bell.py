@@ -1,5 +1,7 @@
 """The bell: one Celery message that says "there is work", and carries no promise."""
 
+import threading
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,8 +12,10 @@ from kombu.exceptions import ChannelError
 
 from service.settings import EMBEDDED_BROKER, QUEUES, Settings
 
+RINGS_AT_ONCE = 100  # more would wake nobody else
 RUN_NEXT = "worker.tasks.run_next"
-CONNECT_SECONDS = 2  # a 202 waits no longer than this for a broker that is away
+CONNECT_SECONDS = 2
+RING_SECONDS = 2  # whoever rings waits no longer than this for each answer of a broker that hangs
 
 log = structlog.get_logger(__name__)
 
@@ -80,6 +84,31 @@ class Bell:
 
     def __init__(self, app: Celery) -> None:
         self.app = app
+        self._networked = not str(app.conf.broker_url).startswith(EMBEDDED_BROKER)
+        self.failures = 0  # rings of this process that the broker did not take
+        self._counting = threading.Lock()
+        self._asked: Counter[str] = Counter()
+        self._ringing = False
+
+    def ring_soon(self, queue: str) -> None:
+        """Ring from a thread of its own, so that the answer to a submission never waits for the broker."""
+        with self._counting:
+            self._asked[queue] += 1
+            if self._ringing:
+                return
+            self._ringing = True
+        threading.Thread(target=self._ring_asked, name="bell", daemon=True).start()
+
+    def _ring_asked(self) -> None:
+        """Ring what was asked for; what comes meanwhile is rung together. What fails is left to the reconciler."""
+        while True:
+            with self._counting:
+                asked, self._asked = self._asked, Counter()
+                self._ringing = bool(asked)
+            if not asked:
+                return
+            for queue, count in asked.items():
+                self.ring(queue, min(count, RINGS_AT_ONCE))
 
     def ring(self, queue: str, count: int = 1) -> bool:
         """Wake up to `count` workers of the queue; never raises, and says whether the broker took it."""
@@ -90,6 +119,8 @@ class Bell:
                         RUN_NEXT, queue=broker_queue(queue), ignore_result=True, retry=False, connection=connection
                     )
         except Exception as error:  # noqa: BLE001 - transports raise what they like, and a job is accepted without one
+            with self._counting:
+                self.failures += 1
             log.warning("bell_failed", queue=queue, error=repr(error))
             return False
         return True
@@ -108,6 +139,8 @@ class Bell:
     @contextmanager
     def _connection(self) -> Iterator[Any]:
         # kombu goes on trying for ever unless the transport's own options say otherwise.
-        once = {"max_retries": 1, "interval_start": 0, "interval_step": 0, "interval_max": 0}
+        once: dict[str, Any] = {"max_retries": 1, "interval_start": 0, "interval_step": 0, "interval_max": 0}
+        if self._networked:
+            once |= {"socket_timeout": RING_SECONDS, "retry_on_timeout": False}
         with self.app.connection_for_write(transport_options=once) as connection:
             yield connection

@@ -8,24 +8,27 @@ import random
 import threading
 import time
 from collections.abc import Callable
-from itertools import islice
 
 import structlog
+from sqlalchemy.orm import Session
 
 from service.bell import Bell
 from service.blobs.store import BlobStore
+from service.orphans import delete_dropped, delete_orphans, settled_seconds
 from service.settings import QUEUES, Settings
 from service.store.attempts import count_claimable
-from service.store.blobs import unreferenced
 from service.store.checkpoints import drop_finished_checkpoints
+from service.store.deadlines import fail_unbegun, fail_used_up
+from service.store.deletion import Deleted, drop_unnamed
 from service.store.idempotency import forget_old_keys
 from service.store.leases import cancel_flagged, close_lost_attempts, expire_leases, move_stranded
+from service.store.retention import drop_old_artifacts, drop_old_datasets, drop_old_jobs, drop_old_models
 from service.store.session import Database
-from service.store.workers import idle_slots, mark_gone_workers
+from service.store.workers import forget_gone_workers, idle_slots, mark_gone_workers
 
 JITTER = 0.2  # so that several services do not sweep in step
 HOUSEKEEPING_SECONDS = 600.0
-_KEYS_AT_ONCE = 500
+BATCHES_AT_ONCE = 50  # of one rule of retention in one sweep
 
 log = structlog.get_logger(__name__)
 
@@ -58,6 +61,7 @@ class Reconciler:
         rules: list[Callable[[], int]] = [
             self.expired_leases,
             self.flagged_jobs,
+            self.overdue_jobs,
             self.lost_attempts,
             self.gone_workers,
             self.finished_checkpoints,
@@ -67,7 +71,16 @@ class Reconciler:
         now = time.monotonic()
         if now >= self._next_housekeeping:
             self._next_housekeeping = now + HOUSEKEEPING_SECONDS
-            rules += [self.orphan_blobs, self.old_idempotency_keys]
+            rules += [
+                self.old_jobs,
+                self.old_artifacts,
+                self.old_models,
+                self.old_datasets,
+                self.unnamed_uploads,
+                self.old_workers,
+                self.old_idempotency_keys,
+                self.orphan_blobs,
+            ]
         return {rule.__name__: self._apply(rule) for rule in rules}
 
     def expired_leases(self) -> int:
@@ -89,6 +102,14 @@ class Reconciler:
         with self.database.write() as session:
             return len(cancel_flagged(session))
 
+    def overdue_jobs(self) -> int:
+        """Fail the waiting jobs that did not begin in time, or whose attempts have used up their time."""
+        with self.database.write() as session:
+            failed = [*fail_unbegun(session), *fail_used_up(session)]
+        for job_id in failed:
+            log.warning("deadline_passed", job_id=job_id)
+        return len(failed)
+
     def lost_attempts(self) -> int:
         """Close attempts whose job has moved on."""
         with self.database.write() as session:
@@ -100,9 +121,9 @@ class Reconciler:
             return mark_gone_workers(session, self.settings.worker_gone_seconds)
 
     def finished_checkpoints(self) -> int:
-        """Delete the checkpoints of jobs that have ended."""
+        """Delete the checkpoints of jobs that have succeeded, and of those that no retry is expected of any more."""
         with self.database.write() as session:
-            keys = drop_finished_checkpoints(session)
+            keys = drop_finished_checkpoints(session, keep_seconds=self.settings.checkpoint_keep_seconds)
         for key in keys:
             self.blobs.delete(key)
         return len(keys)
@@ -125,18 +146,50 @@ class Reconciler:
         bells = min(waiting, max(1, idle))
         return bells if self.bell.ring(queue, bells) else 0
 
+    def old_jobs(self) -> int:
+        """Delete jobs that ended long ago, with their history, checkpoints and artifacts."""
+        return self._drop_old(drop_old_jobs, self.settings.job_keep_seconds)
+
+    def old_artifacts(self) -> int:
+        """Delete artifacts that were made long ago."""
+        return self._drop_old(drop_old_artifacts, self.settings.artifact_keep_seconds)
+
+    def old_models(self) -> int:
+        """Delete models that have not been used for long."""
+        return self._drop_old(drop_old_models, self.settings.model_keep_seconds)
+
+    def old_datasets(self) -> int:
+        """Delete datasets that have not been used for long."""
+        return self._drop_old(drop_old_datasets, self.settings.dataset_keep_seconds)
+
+    def unnamed_uploads(self) -> int:
+        """Delete the rows of deleted models and datasets whose last job is gone."""
+        with self.database.write() as session:
+            return drop_unnamed(session)
+
+    def old_workers(self) -> int:
+        """Forget the workers that have been gone for long."""
+        with self.database.write() as session:
+            return forget_gone_workers(session, self.settings.worker_keep_seconds)
+
+    def _drop_old(self, drop: Callable[[Session, float], tuple[int, Deleted]], keep_seconds: float | None) -> int:
+        if keep_seconds is None:
+            return 0
+        total = 0
+        for _ in range(BATCHES_AT_ONCE):
+            with self.database.write() as session:
+                count, deleted = drop(session, keep_seconds)
+            if not count:
+                break
+            total += count
+            delete_dropped(self.database, self.blobs, deleted.keys, settled_seconds(self.settings))
+        return total
+
     def orphan_blobs(self) -> int:
         """Delete files that no row speaks of and that are older than any upload could take."""
         age = self.settings.orphan_seconds
-        deleted = self.blobs.sweep_staging(age)
-        keys = self.blobs.keys_older_than(age)
-        while batch := list(islice(keys, _KEYS_AT_ONCE)):
-            with self.database.read() as session:
-                orphans = unreferenced(session, batch)
-            # Read again: the same content may have been uploaded anew since the list was made.
-            for key in orphans:
-                deleted += self.blobs.delete_if_older(key, age)
-        return deleted
+        swept = self.blobs.sweep_staging(age)
+        return swept + delete_orphans(self.database, self.blobs, self.blobs.keys_older_than(age), age)
 
     def old_idempotency_keys(self) -> int:
         """Forget keys that no client will send again."""

@@ -12,6 +12,7 @@ from service.contract.marks import mark
 from service.contract.resources import ResultSummary
 from service.store.artifacts import insert_artifact
 from service.store.attempts import Claim, finish_succeeded
+from service.store.blobs import hold_blobs
 from service.store.models import get_model
 from worker.channel import ARTIFACT_FILE, REPORT_FILE
 from worker.child import regular_file
@@ -54,6 +55,10 @@ def store_results(verified: Done, claim: Claim, lease: Lease, blobs: BlobStore, 
         )
 
     def succeed(session: Session) -> bool:
+        keys = (stored_artifact[0], stored_report[0])
+        hold_blobs(session, keys)
+        if not all(map(blobs.exists, keys)):  # the sweep took old files of the same content at that moment
+            raise FileNotFoundError(f"expected {' and '.join(keys)} in the blob store; found them deleted")
         artifact_id = insert(session, artifact_name(session, claim.model.id), "torchscript", stored_artifact)
         if artifact_id is None or insert(session, "report.json", "report", stored_report) is None:
             return False

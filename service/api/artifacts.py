@@ -6,7 +6,7 @@ from fastapi import APIRouter, Request, Response
 
 from service.api.deps import ArtifactId, OwnerDep, ServicesDep
 from service.api.downloads import stored_file_response
-from service.jobs import read
+from service.jobs import delete, read
 
 router = APIRouter(prefix="/artifacts", tags=["artifacts"])
 
@@ -23,3 +23,9 @@ def read_content(request: Request, services: ServicesDep, owner: OwnerDep, artif
     """Download the file, or with `Range` a part of it; the ETag is its SHA-256."""
     found = read.find_artifact(services, owner, artifact_id)
     return stored_file_response(request, services, found)
+
+
+@router.delete("/{id}", status_code=204)
+def delete_artifact(services: ServicesDep, owner: OwnerDep, artifact_id: ArtifactId) -> None:
+    """Delete the file; the job that made it stays."""
+    delete.delete_artifact(services, owner, artifact_id)

@@ -7,7 +7,7 @@ from service.api.deps import DatasetId, OwnerDep, ServicesDep
 from service.api.paging import Cursor, Limit, NameFilter, bounded
 from service.api.uploads import RAW_BODY, UploadName, receive_body
 from service.contract.resources import DatasetPage, DatasetResource
-from service.jobs import files
+from service.jobs import delete, files
 
 router = APIRouter(prefix="/datasets", tags=["datasets"])
 
@@ -36,3 +36,9 @@ def list_datasets(
 def read_dataset(services: ServicesDep, owner: OwnerDep, dataset_id: DatasetId) -> DatasetResource:
     """One dataset."""
     return files.read_dataset(services, owner, dataset_id)
+
+
+@router.delete("/{id}", status_code=204)
+def delete_dataset(services: ServicesDep, owner: OwnerDep, dataset_id: DatasetId) -> None:
+    """Delete the dataset, unless a waiting or running job needs it; the same bytes uploaded again bring it back."""
+    delete.delete_dataset(services, owner, dataset_id)

@@ -1,23 +1,26 @@
-"""Jobs: submit, read, list, cancel, and what they tell and produce."""
+"""Jobs: submit, read, list, cancel, retry, delete, and what they tell and produce."""
 
-from typing import Annotated
+from contextlib import AsyncExitStack
+from typing import Annotated, Literal
 
 from fastapi import APIRouter, Header, Query, Request, Response
+from fastapi.concurrency import run_in_threadpool
 
 from service.api.deps import JobId, OwnerDep, ServicesDep
 from service.api.downloads import stored_file_response
 from service.api.paging import After, Cursor, Limit, NameFilter, bounded
-from service.api.submissions import SUBMIT_BODY, accept
+from service.api.submissions import SUBMIT_BODY, accept, answer, claimed
 from service.contract.report import Report
 from service.contract.resources import ArtifactPage, EventPage, JobPage, JobResource, LayerPage
 from service.contract.states import JobState
-from service.jobs import cancel, read
+from service.jobs import cancel, delete, read, retry
 
 router = APIRouter(prefix="/jobs", tags=["jobs"])
 
 _STATES = Query(description="Only in this state; may be repeated.")
 _MODEL_ID = Query(max_length=100, description="Only of this model.")
 _KEY = Header(alias="Idempotency-Key", description="Sent twice with the same request, it starts one job.")
+_FROM = Query(alias="from", description="The job's last checkpoint, if one is kept, or the start.")
 _DRY_RUN = Query(description="Check the files and the spec and answer 200 with the resolved spec; start nothing.")
 
 
@@ -58,6 +61,30 @@ def read_job(services: ServicesDep, owner: OwnerDep, job_id: JobId) -> JobResour
 def cancel_job(services: ServicesDep, owner: OwnerDep, job_id: JobId) -> JobResource:
     """Stop the job: at once if it waits, within seconds if it runs. Asking again changes nothing."""
     return cancel.cancel_job(services, owner, job_id)
+
+
+@router.post("/{id}/retry", status_code=202, response_model=JobResource)
+async def retry_job(
+    services: ServicesDep,
+    owner: OwnerDep,
+    job_id: JobId,
+    from_: Annotated[Literal["checkpoint", "start"], _FROM] = "checkpoint",
+    idempotency_key: Annotated[str | None, _KEY] = None,
+) -> Response:
+    """Start a new job with the model, dataset and spec of one that failed or was canceled; `retry_of` names it."""
+    async with AsyncExitStack() as stack:
+        claim = None if idempotency_key is None else claimed(services, owner, idempotency_key)
+        key = None if claim is None else await stack.enter_async_context(claim)
+        accepted = await run_in_threadpool(
+            retry.retry_job, services, owner, job_id, from_start=from_ == "start", key=key
+        )
+    return answer(accepted.job, replayed=accepted.replayed)
+
+
+@router.delete("/{id}", status_code=204)
+def delete_job(services: ServicesDep, owner: OwnerDep, job_id: JobId) -> None:
+    """Delete the job with its history, checkpoints and artifacts; refused until it has ended."""
+    delete.delete_job(services, owner, job_id)
 
 
 @router.get("/{id}/events")

@@ -7,7 +7,7 @@ from service.api.deps import ModelId, OwnerDep, ServicesDep
 from service.api.paging import Cursor, Limit, NameFilter, bounded
 from service.api.uploads import RAW_BODY, UploadName, receive_body
 from service.contract.resources import ModelPage, ModelResource
-from service.jobs import files
+from service.jobs import delete, files
 
 router = APIRouter(prefix="/models", tags=["models"])
 
@@ -36,3 +36,9 @@ def list_models(
 def read_model(services: ServicesDep, owner: OwnerDep, model_id: ModelId) -> ModelResource:
     """One model."""
     return files.read_model(services, owner, model_id)
+
+
+@router.delete("/{id}", status_code=204)
+def delete_model(services: ServicesDep, owner: OwnerDep, model_id: ModelId) -> None:
+    """Delete the model, unless a waiting or running job needs it; the same bytes uploaded again bring it back."""
+    delete.delete_model(services, owner, model_id)

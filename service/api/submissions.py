@@ -5,6 +5,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
 import anyio
+import structlog
 from fastapi import Request, Response
 from fastapi.concurrency import run_in_threadpool
 from pydantic import ValidationError
@@ -22,6 +23,7 @@ from service.jobs.submit import Submission, check_submission, submit
 from service.services import Services
 from service.store.idempotency import Fresh, Replay
 
+_log = structlog.get_logger(__name__)
 _MULTIPART_OVERHEAD_BYTES = 64 * 1024  # boundaries, headers of parts, short text fields
 
 
@@ -66,23 +68,26 @@ SUBMIT_BODY: dict[str, Any] = {
 async def accept(request: Request, services: Services, owner: str, *, key: str | None, dry_run: bool) -> Response:
     """Take in the request, have it accepted, and answer; whatever was received for a refused one is gone."""
     async with AsyncExitStack() as stack:
-        claim = None if key is None or dry_run else await stack.enter_async_context(_claimed(services, owner, key))
+        claim = None if key is None or dry_run else await stack.enter_async_context(claimed(services, owner, key))
         submission = await _read_submission(request, services, owner, stack)
         if dry_run:
             spec = await run_in_threadpool(check_submission, services, submission)
             check = SubmissionCheck(requested_spec=submission.requested_spec, spec=spec)
             return Response(check.model_dump_json(), media_type="application/json")
         accepted = await run_in_threadpool(submit, services, submission, claim)
-    return _answer(accepted.job, replayed=accepted.replayed)
+    job = accepted.job
+    _log.info("job_accepted", job_id=job.id, owner=owner, queue=job.queue, replayed=accepted.replayed)
+    return answer(accepted.job, replayed=accepted.replayed)
 
 
-def _answer(job: JobResource, *, replayed: bool) -> Response:
+def answer(job: JobResource, *, replayed: bool) -> Response:
+    """202 with the job and its place; the header says when an earlier request had started it."""
     headers = {"location": f"/v1/jobs/{job.id}"} | ({"idempotency-replayed": "true"} if replayed else {})
     return Response(job.model_dump_json(), status_code=202, media_type="application/json", headers=headers)
 
 
 @asynccontextmanager
-async def _claimed(services: Services, owner: str, key: str) -> AsyncIterator[Fresh | Replay]:
+async def claimed(services: Services, owner: str, key: str) -> AsyncIterator[Fresh | Replay]:
     """Hold an idempotency key while the request is read; a request that is not accepted frees it."""
     claim = await run_in_threadpool(idempotency.reserve, services, owner, key)
     try:

@@ -13,6 +13,7 @@ def move_durably(path: Path, target: Path) -> None:
     """Rename within one file system, and make the name durable."""
     missing = [folder for folder in (target.parent, *target.parent.parents) if not folder.exists()]
     target.parent.mkdir(parents=True, exist_ok=True)
+    os.utime(path)  # its age is counted from here, whenever it was written
     path.replace(target)
     for folder in {target.parent, *(folder.parent for folder in missing)}:
         _sync_directory(folder)

@@ -6,7 +6,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import click
 
-from service.cli import about, compress, doctor, exits, jobs, keys, serve, worker
+from service.cli import about, again, compress, doctor, exits, jobs, keys, serve, worker
 from service.cli.exits import ExitCode
 from service.cli.output import note, print_json, print_problem
 from service.client import ClientError
@@ -38,6 +38,8 @@ for _command in (
     compress.watch,
     compress.fetch,
     jobs.cancel,
+    again.retry,
+    again.delete,
     jobs.jobs,
     jobs.inspect,
     serve.migrate,

@@ -50,7 +50,7 @@ def compress(model: str, data: str | None, output: Path | None, **parameters: An
     with connect(parameters["url"]) as client:
         trip = Trip(client, outcome, parameters["timeout_seconds"])
         trip.run(lambda: _start(client, model, data, parameters), output)
-    return _finish(outcome, as_json=as_json, junit=junit, report_file=report_file)
+    return finish(outcome, as_json=as_json, junit=junit, report_file=report_file)
 
 
 @click.command()
@@ -96,7 +96,7 @@ def watch(
     outcome = Outcome(label=job_id)
     with connect(url) as client:
         Trip(client, outcome, timeout_seconds, cancel_on_interrupt=False).run(lambda: client.job(job_id), None)
-    return _finish(outcome, as_json=as_json, junit=junit, report_file=report_file)
+    return finish(outcome, as_json=as_json, junit=junit, report_file=report_file)
 
 
 @click.command()
@@ -131,7 +131,8 @@ def _start(client: Client, model: str, data: str | None, parameters: dict[str, A
     return client.submit(spec, model=model, data=data, name=parameters["name"])
 
 
-def _finish(outcome: Outcome, *, as_json: bool, junit: Path | None, report_file: Path | None) -> int:
+def finish(outcome: Outcome, *, as_json: bool, junit: Path | None, report_file: Path | None) -> int:
+    """Show and write down how a trip ended; returns the exit code."""
     if junit is not None:
         write_junit(junit, outcome)
     if report_file is not None and outcome.report is not None:

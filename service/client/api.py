@@ -29,11 +29,14 @@ from service.contract.resources import (
     JobResource,
     LayerPage,
     ModelResource,
+    WorkerPage,
+    WorkerResource,
 )
 from service.contract.spec import JobSpec
 from service.contract.states import JobState
 
 DEFAULT_URL = "http://127.0.0.1:8080"
+_COLLECTIONS = {ids.JOB: "jobs", ids.MODEL: "models", ids.DATASET: "datasets", ids.ARTIFACT: "artifacts"}
 FIRST_POLL_SECONDS, POLL_SECONDS_MAX = 0.2, 2.0
 
 
@@ -184,6 +187,31 @@ class Client:
         """Ask the service to stop the job; it answers at once and the job ends within seconds."""
         return self._transport.read(JobResource, "POST", _job_path(job_id, "cancel"), idempotent=True)
 
+    def retry(self, job_id: str, *, from_start: bool = False, idempotency_key: str | None = None) -> JobResource:
+        """Start a new job in place of one that failed or was canceled, from its last checkpoint or from the start.
+
+        Safe against a broken connection, as `submit` is.
+        """
+        headers = {"Idempotency-Key": idempotency_key or str(uuid.uuid4())}
+        parameters = {"from": "start"} if from_start else {}
+        return self._transport.read(
+            JobResource,
+            "POST",
+            _job_path(job_id, "retry"),
+            idempotent=True,
+            arguments=lambda: {"params": parameters, "headers": headers},
+        )
+
+    def delete(self, id_: str) -> None:
+        """Delete a job that has ended, a model, a dataset or an artifact, whichever the id names.
+
+        Raises ValueError for an id of another kind.
+        """
+        collection = next((name for prefix, name in _COLLECTIONS.items() if ids.is_id(id_, prefix)), None)
+        if collection is None:
+            raise ValueError(f"expected the id of a job, model, dataset or artifact; found {id_!r}")
+        self._transport.request("DELETE", f"/v1/{collection}/{id_}", idempotent=True)
+
     def wait(
         self,
         job_id: str,
@@ -218,6 +246,10 @@ class Client:
                 pause_seconds = min(pause_seconds, left_seconds)
             time.sleep(pause_seconds)
             pause_seconds = min(max(pause_seconds, FIRST_POLL_SECONDS) * 1.2, POLL_SECONDS_MAX)
+
+    def workers(self, *, include_gone: bool = False) -> list[WorkerResource]:
+        """The processes that run jobs; with `include_gone` those too that have stopped or fallen silent."""
+        return self._read(WorkerPage, "/v1/workers", {"include_gone": "true"} if include_gone else {}).items
 
     def capabilities(self) -> Capabilities:
         """What the service can do, with the schema of the spec."""

@@ -11,11 +11,13 @@ from service.blobs.datasets import check_dataset
 from service.blobs.store import BlobStore
 from service.blobs.writer import BlobWriter, StagedBlob
 from service.contract import ids
+from service.contract.errors import ErrorCode, ProblemError
 from service.contract.resources import DatasetPage, DatasetResource, ModelPage, ModelResource
 from service.jobs.read import checked_cursor, not_found
 from service.services import Services
 from service.settings import Settings
 from service.store import datasets, listings, models
+from service.store.blobs import hold_blobs
 from service.store.tables import Dataset, Model
 
 DATA_FORMATS = ("npz", "safetensors")
@@ -75,15 +77,34 @@ def check_received(services: Services, kind: FileKind, staged: StagedBlob, name:
 def store_model(blobs: BlobStore, file: ReceivedFile) -> Callable[[Session, str], Model]:
     """Move the file into the store, and return what writes its row: to be called in a transaction."""
     key = blobs.keep(file.staged)
-    return lambda session, owner: models.upsert_model(session, owner, file.name, file.sha256, file.staged.bytes, key)
+
+    def write(session: Session, owner: str) -> Model:
+        _hold(session, blobs, key)
+        return models.upsert_model(session, owner, file.name, file.sha256, file.staged.bytes, key)
+
+    return write
 
 
 def store_dataset(blobs: BlobStore, file: ReceivedFile) -> Callable[[Session, str], Dataset]:
     """Move the file into the store, and return what writes its row: to be called in a transaction."""
     key = blobs.keep(file.staged)
-    return lambda session, owner: datasets.upsert_dataset(
-        session, owner, file.name, file.format, file.sha256, file.staged.bytes, key
-    )
+
+    def write(session: Session, owner: str) -> Dataset:
+        _hold(session, blobs, key)
+        return datasets.upsert_dataset(session, owner, file.name, file.format, file.sha256, file.staged.bytes, key)
+
+    return write
+
+
+def _hold(session: Session, blobs: BlobStore, key: str) -> None:
+    """Keep the sweep off the stored bytes until their row is committed."""
+    hold_blobs(session, [key])
+    if not blobs.exists(key):
+        raise ProblemError(
+            ErrorCode.UNAVAILABLE,
+            "expected the file that was just stored; an old copy of the same content was deleted at that moment, and "
+            "this one with it: send the same request again",
+        )
 
 
 def register_model(services: Services, owner: str, file: ReceivedFile) -> ModelResource:
@@ -128,17 +149,17 @@ def read_dataset(services: Services, owner: str, dataset_id: str) -> DatasetReso
         return datasets.dataset_resource(existing_dataset(session, owner, dataset_id))
 
 
-def existing_model(session: Session, owner: str, model_id: str) -> Model:
-    """The owner's model, or `NOT_FOUND`."""
-    row = models.get_model(session, model_id, owner) if ids.is_id(model_id, ids.MODEL) else None
+def existing_model(session: Session, owner: str, model_id: str, *, lock: bool = False) -> Model:
+    """The owner's model, or `NOT_FOUND`; with `lock` it stays until the transaction ends."""
+    row = models.get_model(session, model_id, owner, lock=lock) if ids.is_id(model_id, ids.MODEL) else None
     if row is None:
         raise not_found("model", model_id)
     return row
 
 
-def existing_dataset(session: Session, owner: str, dataset_id: str) -> Dataset:
-    """The owner's dataset, or `NOT_FOUND`."""
-    row = datasets.get_dataset(session, dataset_id, owner) if ids.is_id(dataset_id, ids.DATASET) else None
+def existing_dataset(session: Session, owner: str, dataset_id: str, *, lock: bool = False) -> Dataset:
+    """The owner's dataset, or `NOT_FOUND`; with `lock` it stays until the transaction ends."""
+    row = datasets.get_dataset(session, dataset_id, owner, lock=lock) if ids.is_id(dataset_id, ids.DATASET) else None
     if row is None:
         raise not_found("dataset", dataset_id)
     return row

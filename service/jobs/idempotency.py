@@ -3,6 +3,7 @@
 import re
 
 import structlog
+from sqlalchemy.orm import Session
 
 from service.contract.errors import ErrorCode, FieldError, ProblemError
 from service.services import Services
@@ -55,10 +56,20 @@ def release_all(services: Services) -> None:
         _log.warning("idempotency keys not freed", error=str(error))
 
 
+def tie(session: Session, fresh: Fresh, fingerprint: str, job_id: str) -> None:
+    """Tie the key to the job, in the transaction that inserts it; refused if another request stands for it by now."""
+    if not idempotency.complete(session, fresh.reservation, fingerprint, job_id):
+        raise ProblemError(
+            ErrorCode.IDEMPOTENCY_IN_FLIGHT,
+            "this request took so long that another one with its Idempotency-Key has begun; wait for that one",
+        )
+
+
 def check_same(found: Replay, fingerprint: str) -> None:
     """Refuse a repeated key whose request is not the first one's."""
     if found.fingerprint != fingerprint:
         raise ProblemError(
             ErrorCode.IDEMPOTENCY_MISMATCH,
-            "this Idempotency-Key was used for another model, dataset, spec or name; send a new key for a new job",
+            "this Idempotency-Key was used for another model, dataset, spec, name or retry; send a new key for a "
+            "new job",
         )

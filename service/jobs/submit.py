@@ -23,7 +23,7 @@ from service.jobs.read import existing_job, read_job
 from service.services import Services
 from service.settings import Settings
 from service.store import jobs
-from service.store.idempotency import Fresh, Replay, complete
+from service.store.idempotency import Fresh, Replay
 from service.store.workers import served_queues
 
 _EXAMPLE = [{"shape": [1, 3, 224, 224], "dtype": "float32"}]
@@ -95,16 +95,13 @@ def submit(services: Services, submission: Submission, key: Fresh | Replay | Non
     with services.database.write() as session:
         model_id, dataset_id = model_of(session), dataset_of(session)
         queue = queue_for(session, spec)
-        jobs.insert_job(session, _new_job(services.settings, submission, spec, job_id, model_id, dataset_id, queue))
-        if key is not None and not complete(session, key.reservation, fingerprint, job_id):
-            raise ProblemError(
-                ErrorCode.IDEMPOTENCY_IN_FLIGHT,
-                "this request took so long that another one with its Idempotency-Key has begun; wait for that one",
-            )
+        jobs.insert_job(session, new_job(services.settings, submission, spec, job_id, model_id, dataset_id, queue))
+        if key is not None:
+            idempotency.tie(session, key, fingerprint, job_id)
         row = existing_job(session, submission.owner, job_id)
         accepted = Accepted(jobs.job_resource(row, jobs.queue_position(session, row)), replayed=False)
     mark("after_commit")
-    services.bell.ring(queue)
+    services.bell.ring_soon(queue)
     return accepted
 
 
@@ -120,19 +117,21 @@ def _store_files(
 
 def _model_id(blobs: BlobStore, owner: str, model: ReceivedFile | str) -> Callable[[Session], str]:
     if isinstance(model, str):
-        return lambda _: model
+        return lambda session: existing_model(session, owner, model, lock=True).id
     write = store_model(blobs, model)
     return lambda session: write(session, owner).id
 
 
 def _dataset_id(blobs: BlobStore, owner: str, dataset: ReceivedFile | str | None) -> Callable[[Session], str | None]:
-    if not isinstance(dataset, ReceivedFile):
-        return lambda _: dataset
+    if dataset is None:
+        return lambda _: None
+    if isinstance(dataset, str):
+        return lambda session: existing_dataset(session, owner, dataset, lock=True).id
     write = store_dataset(blobs, dataset)
     return lambda session: write(session, owner).id
 
 
-def _new_job(
+def new_job(
     settings: Settings,
     submission: Submission,
     spec: JobSpec,
@@ -141,6 +140,7 @@ def _new_job(
     dataset_id: str | None,
     queue: str,
 ) -> jobs.NewJob:
+    """The job that a submission asks for, under the limits that the service has now."""
     resolved = resolve_at_submit(spec)
     return jobs.NewJob(
         id=job_id,
@@ -150,7 +150,7 @@ def _new_job(
         dataset_id=dataset_id,
         requested_spec=submission.requested_spec,
         spec=resolved,
-        spec_sha256=hashlib.sha256(_canonical(resolved)).hexdigest(),
+        spec_sha256=hashlib.sha256(canonical(resolved)).hexdigest(),
         queue=queue,
         device=spec.device,
         priority=spec.priority,
@@ -184,8 +184,9 @@ def _fingerprint(submission: Submission) -> str:
         return f"sha256:{file.sha256}" if isinstance(file, ReceivedFile) else file
 
     asked = [said(submission.model), said(submission.dataset), submission.requested_spec, submission.name]
-    return hashlib.sha256(_canonical(asked)).hexdigest()
+    return hashlib.sha256(canonical(asked)).hexdigest()
 
 
-def _canonical(value: object) -> bytes:
+def canonical(value: object) -> bytes:
+    """The one way to write a JSON value down."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()

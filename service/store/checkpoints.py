@@ -2,13 +2,14 @@
 
 from dataclasses import dataclass
 
-from sqlalchemy import delete, func, insert, select, update
+from sqlalchemy import and_, delete, func, insert, or_, select, update
 from sqlalchemy.orm import Session
 
 from service.contract.ids import CHECKPOINT, new_id
-from service.contract.states import TERMINAL_STATES
+from service.contract.states import TERMINAL_STATES, JobState
 from service.store.fence import hold_lease, leased
 from service.store.tables import Checkpoint, Job
+from service.store.time import database_time
 
 KEPT = 2
 
@@ -72,10 +73,33 @@ def latest_checkpoint(session: Session, job_id: str) -> CheckpointRow | None:
     return next(iter(list_checkpoints(session, job_id, limit=1)), None)
 
 
-def drop_finished_checkpoints(session: Session, limit: int = 100) -> list[str]:
-    """Drop the checkpoints of jobs that have ended; returns the blob keys to delete after the commit."""
-    query = select(Checkpoint).join(Job, Job.id == Checkpoint.job_id).where(Job.state.in_(TERMINAL_STATES)).limit(limit)
-    return _drop(session, [_row(checkpoint) for checkpoint in session.scalars(query)])
+def drop_finished_checkpoints(session: Session, *, keep_seconds: float, limit: int = 100) -> list[str]:
+    """Drop the checkpoints of jobs that have succeeded, or ended otherwise so long ago that no retry is expected.
+
+    Returned are the blob keys that no row names any more: delete them after the commit.
+    """
+    over = or_(
+        Job.state == JobState.SUCCEEDED,
+        and_(Job.state.in_(TERMINAL_STATES), Job.finished_at < database_time(-keep_seconds)),
+    )
+    query = select(Checkpoint).join(Job, Job.id == Checkpoint.job_id).where(over).limit(limit)
+    locked = query.with_for_update(of=Checkpoint, skip_locked=True)
+    return _drop(session, [_row(checkpoint) for checkpoint in session.scalars(locked)])
+
+
+def copy_checkpoints(session: Session, job_id: str, new_job_id: str) -> CheckpointRow | None:
+    """Let another job resume from a job's checkpoints; returns the newest of them, None when there is none.
+
+    The bytes are shared: they are deleted with the last row that names them. The copies have the epoch 0, older than
+    any attempt of the new job. The lock keeps a sweep from dropping a row, and its bytes, before the copy is seen.
+    """
+    order = (Checkpoint.epoch.desc(), Checkpoint.created_at.desc(), Checkpoint.position.desc(), Checkpoint.id.desc())
+    query = select(Checkpoint).where(Checkpoint.job_id == job_id).order_by(*order).limit(KEPT)
+    rows = list(session.scalars(query.with_for_update(read=True)))
+    for row in reversed(rows):  # the ids are in order of age too
+        values = {name: getattr(row, name) for name in ("position", "blob_key", "sha256", "bytes", "created_at")}
+        session.execute(insert(Checkpoint).values(id=new_id(CHECKPOINT), job_id=new_job_id, epoch=0, **values))
+    return _row(rows[0]) if rows else None
 
 
 def _row(checkpoint: Checkpoint) -> CheckpointRow:

@@ -1,11 +1,10 @@
 """Uploaded sets of inputs, with or without targets."""
 
-from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from service.contract.ids import DATASET, new_id
 from service.contract.resources import DatasetResource
-from service.store.session import insert_if_absent
+from service.store import uploads
 from service.store.tables import Dataset
 
 
@@ -18,7 +17,7 @@ def upsert_dataset(
     bytes: int,  # noqa: A002
     blob_key: str,
 ) -> Dataset:
-    """The owner's dataset with this content: the one that is there (with its first name), or a new one."""
+    """The owner's dataset with this content: the one that is there (deleted ones too), or a new one."""
     values = {
         "id": new_id(DATASET),
         "owner": owner,
@@ -28,16 +27,15 @@ def upsert_dataset(
         "bytes": bytes,
         "blob_key": blob_key,
     }
-    insert_if_absent(session, Dataset, values)
-    return session.scalars(select(Dataset).where(Dataset.owner == owner, Dataset.sha256 == sha256)).one()
+    return uploads.upsert(session, Dataset, values)
 
 
-def get_dataset(session: Session, dataset_id: str, owner: str | None) -> Dataset | None:
-    """The dataset's row, if it is the owner's; `owner=None` reads for the service itself."""
-    query = select(Dataset).where(Dataset.id == dataset_id)
-    if owner is not None:
-        query = query.where(Dataset.owner == owner)
-    return session.scalars(query).one_or_none()
+def get_dataset(session: Session, dataset_id: str, owner: str | None, *, lock: bool = False) -> Dataset | None:
+    """The dataset's row, if it is the owner's and not deleted; `owner=None` reads for the service itself.
+
+    With `lock` it cannot be deleted until the transaction ends.
+    """
+    return uploads.get(session, Dataset, dataset_id, owner, lock=lock)
 
 
 def dataset_resource(row: Dataset) -> DatasetResource:

@@ -27,7 +27,9 @@ def list_datasets(
 def _page(
     session: Session, table: type[Row], owner: str, name: str | None, cursor: str | None, limit: int
 ) -> tuple[list[Row], str | None]:
-    query = select(table).where(table.owner == owner).order_by(table.id.desc()).limit(limit + 1)
+    query = (
+        select(table).where(table.owner == owner, table.deleted_at.is_(None)).order_by(table.id.desc()).limit(limit + 1)
+    )
     if name is not None:
         query = query.where(table.name == name)
     if cursor is not None:

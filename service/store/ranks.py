@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from sqlalchemy import ColumnElement, and_, delete, insert, or_, select, tuple_
+from sqlalchemy import ColumnElement, and_, delete, insert, literal, or_, select, tuple_
 from sqlalchemy.orm import Session
 
 from service.contract.plan import Form, RankRow, ReasonCode
@@ -38,6 +38,15 @@ def insert_rank_rows(session: Session, job_id: str, epoch: int, rows: Sequence[R
             [{"job_id": job_id, "epoch": epoch, **latest[key].model_dump(mode="json")} for key in batch],
         )
     return True
+
+
+def copy_rank_rows(session: Session, job_id: str, new_job_id: str) -> None:
+    """Give a job that resumes from another's checkpoint what stood at its steps; what it repeats replaces them."""
+    names = [column.name for column in Row.__table__.columns if column.name not in {"job_id", "epoch", "chosen"}]
+    rows = select(literal(new_job_id), literal(0), literal(value=False), *(getattr(Row, name) for name in names)).where(
+        Row.job_id == job_id
+    )
+    session.execute(insert(Row).from_select(["job_id", "epoch", "chosen", *names], rows))
 
 
 def rank_history(session: Session, job_id: str) -> list[RankRow]:

@@ -21,6 +21,12 @@ def cancel_waiting(session: Session, job_id: str) -> bool:
     return _move(session, job_id, waiting, JobState.CANCELED, {"cancel_requested_at": database_time()})
 
 
+def fail_waiting(session: Session, job_id: str, problem: Problem) -> bool:
+    """`queued → failed`."""
+    waiting = and_(Job.id == job_id, Job.state == JobState.QUEUED)
+    return _move(session, job_id, waiting, JobState.FAILED, {"problem": problem.model_dump(mode="json")})
+
+
 def end_running(
     session: Session,
     job_id: str,

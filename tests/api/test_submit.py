@@ -167,7 +167,7 @@ def test_accepted_job_is_whole(api: Api) -> None:
 
 def test_bell_is_rung_after_the_commit(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[str] = []
-    monkeypatch.setattr(api.services.bell, "ring", lambda queue, count=1: seen.append(api.jobs()[0]["state"]))
+    monkeypatch.setattr(api.services.bell, "ring_soon", lambda queue: seen.append(api.jobs()[0]["state"]))
     api.submit()
     assert seen == ["queued"]
 
@@ -176,7 +176,7 @@ def test_failing_commit_accepts_nothing(api: Api, monkeypatch: pytest.MonkeyPatc
     """SQLite itself refuses the COMMIT of the transaction that inserts the job."""
     armed: list[bool] = []
     rung: list[str] = []
-    monkeypatch.setattr(api.services.bell, "ring", lambda queue, count=1: rung.append(queue))
+    monkeypatch.setattr(api.services.bell, "ring_soon", rung.append)
 
     def authorize(action: int, what: str | None, *_: object) -> int:
         refused = armed and action == sqlite3.SQLITE_TRANSACTION and what == "COMMIT"
@@ -190,7 +190,7 @@ def test_failing_commit_accepts_nothing(api: Api, monkeypatch: pytest.MonkeyPatc
         armed.append(True)
         return True
 
-    monkeypatch.setattr("service.jobs.submit.complete", arm)
+    monkeypatch.setattr("service.jobs.idempotency.tie", arm)
     answer = api.submit(headers={"Idempotency-Key": "k"})
     assert answer.status_code >= 500
     assert answer.headers["content-type"] == "application/problem+json"

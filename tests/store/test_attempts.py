@@ -222,8 +222,8 @@ def test_the_two_newest_checkpoints_are_kept(database, submit, take):
     with database.write() as session:
         finish_succeeded(session, job_id, second.epoch, RESULT)
     with database.write() as session:
-        assert drop_finished_checkpoints(session) == ["c2", "c3"]
-        assert drop_finished_checkpoints(session) == []
+        assert drop_finished_checkpoints(session, keep_seconds=60) == ["c2", "c3"]
+        assert drop_finished_checkpoints(session, keep_seconds=60) == []
 
 
 def test_a_requeue_waits_its_delay(database, submit, take):

@@ -2,6 +2,7 @@ import os
 import time
 
 import pytest
+from sqlalchemy import update
 from submissions import claim_job, submit_job
 
 from service.bell import Bell, broker_queue, make_celery
@@ -13,6 +14,8 @@ from service.store.attempts import finish_canceled
 from service.store.checkpoints import insert_checkpoint
 from service.store.jobs import get_job
 from service.store.models import upsert_model
+from service.store.tables import Job
+from service.store.time import database_time
 
 
 @pytest.fixture
@@ -74,7 +77,7 @@ def test_orphans_go_when_they_are_old_and_rows_keep_their_blobs(sweeper):
     assert not left.path.exists()
 
 
-def test_checkpoints_of_an_ended_job_are_deleted(sweeper):
+def test_checkpoints_of_an_ended_job_are_deleted_when_no_retry_is_expected(sweeper):
     job_id = submit_job(sweeper.database)
     claimed = claim_job(sweeper.database)
     key = sweeper.blobs.keep(stage(sweeper, b"state"))
@@ -83,6 +86,9 @@ def test_checkpoints_of_an_ended_job_are_deleted(sweeper):
     assert sweeper.finished_checkpoints() == 0
     with sweeper.database.write() as session:
         finish_canceled(session, job_id, claimed.epoch)
+    assert sweeper.finished_checkpoints() == 0
+    with sweeper.database.write() as session:
+        session.execute(update(Job).values(finished_at=database_time(-8 * 24 * 3600)))
     assert sweeper.finished_checkpoints() == 1
     assert not sweeper.blobs.exists(key)
 
