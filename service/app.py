@@ -10,12 +10,14 @@ from fastapi.concurrency import run_in_threadpool
 from sqlalchemy.exc import InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
-from service.api import artifacts, capabilities, datasets, docs, health, jobs, models, problems
+from service.api import artifacts, capabilities, datasets, docs, health, jobs, metrics, models, problems, workers
 from service.api.deps import require_key
 from service.api.edge import Edge
 from service.api.limits import Linger, SmallBodies
 from service.contract.schemas import spec_components
 from service.jobs import idempotency
+from service.jobs.authentication import Authenticator
+from service.jobs.readiness import Readiness
 from service.services import Services
 
 PREFIX = "/v1"
@@ -56,10 +58,14 @@ def create_app(services: Services, *, components: Sequence[Component] = ()) -> F
     """Build the application; `components` start with it, in their order, and stop with it in the reverse order."""
     app = _with_routes(_Application(lifespan=_lifespan_of(services, components), **_ABOUT))
     app.state.services = services
+    app.state.authenticator = Authenticator(services)
+    app.state.readiness = Readiness(services)
+    app.state.metrics = metrics.Metrics(services)
+    app.state.lookers = health.make_limiter()
     # The last one added is the outermost.
     app.add_middleware(SmallBodies, max_bytes=services.settings.max_body_bytes, upload_paths=UPLOAD_PATHS)
     app.add_middleware(Linger)
-    app.add_middleware(Edge)
+    app.add_middleware(Edge, observe=app.state.metrics.http_durations.observe)
     return app
 
 
@@ -71,9 +77,11 @@ def document() -> dict[str, Any]:
 def _with_routes(app: FastAPI) -> FastAPI:
     problems.install(app, unavailable=(OperationalError, InterfaceError, PoolTimeoutError))
     app.include_router(health.router, prefix=PREFIX)
+    app.include_router(metrics.router, prefix=PREFIX)
+    app.include_router(metrics.router, include_in_schema=False)
     app.include_router(docs.router)
     protected = [Depends(require_key)]
-    for module in (models, datasets, jobs, artifacts, capabilities):
+    for module in (models, datasets, jobs, artifacts, workers, capabilities):
         app.include_router(module.router, prefix=PREFIX, dependencies=protected, responses=problems.RESPONSES)
     # Every route of jobs answers without the version too.
     app.include_router(jobs.router, dependencies=protected, include_in_schema=False)

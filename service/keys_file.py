@@ -4,20 +4,22 @@ import os
 import secrets
 from pathlib import Path
 
+from service.contract.keys import new_api_key
 from service.settings import MIN_API_KEY_LENGTH, Settings
 
-KEY_PREFIX = "rpk_"
-_RANDOM_BYTES = 32
 _OWNER_ONLY = 0o600
 
 
-def ensure_api_key(settings: Settings) -> tuple[str, Path | None]:
+def ensure_api_key(settings: Settings) -> tuple[str | None, Path | None]:
     """Return the configured key, or the one in the data directory with its path; the first call makes it.
 
+    A service of several machines has no such file: without a configured key it goes by those in the database alone.
     Safe to repeat and to race: the file appears under its name whole, and whoever comes second reads the first one's.
     """
     if settings.api_key is not None:
         return settings.api_key.get_secret_value(), None
+    if not settings.embedded:
+        return None, None
     path = settings.key_file
     if not path.exists():
         _make(path)
@@ -36,7 +38,7 @@ def _make(path: Path) -> None:
     descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, _OWNER_ONLY)
     try:
         with os.fdopen(descriptor, "w", encoding="ascii") as file:
-            file.write(f"{KEY_PREFIX}{secrets.token_urlsafe(_RANDOM_BYTES)}\n")
+            file.write(f"{new_api_key()}\n")
             file.flush()
             os.fsync(file.fileno())
         try:

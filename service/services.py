@@ -18,11 +18,11 @@ class Services:
     database: Database
     blobs: BlobStore
     bell: Bell
-    api_key: str = field(repr=False)
+    api_key: str | None = field(repr=False)  # None: the keys in the database alone count
 
 
 def build_services(settings: Settings) -> Services:
-    """Open database, blob store and bell by the settings, and make the key if there is none.
+    """Open database, blob store and bell by the settings; embedded, make the key if there is none.
 
     No schema is changed and no broker is contacted. `bell.app` is the Celery app that an embedded worker shares.
     """

@@ -1,22 +1,22 @@
 """What endpoints are given: the services, the owner that the request speaks for, ids that can exist."""
 
-import hashlib
-import hmac
 from collections.abc import Awaitable, Callable
 from typing import Annotated
 
 from fastapi import Depends, Request
+from fastapi.concurrency import run_in_threadpool
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
 from service.contract import ids
 from service.contract.errors import ErrorCode, ProblemError
+from service.jobs.authentication import Authenticator
 from service.jobs.read import not_found
 from service.services import Services
 
 _bearer = HTTPBearer(
     auto_error=False,
     scheme_name="key",
-    description="The service's key: RANKPRESS_API_KEY, or the one it made and keeps in its data directory.",
+    description="RANKPRESS_API_KEY, or the key that the service made and keeps, or one of `rankpress keys add`.",
 )
 
 
@@ -30,18 +30,22 @@ ServicesDep = Annotated[Services, Depends(get_services)]
 
 
 async def require_key(
-    services: ServicesDep, credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]
+    request: Request, credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]
 ) -> str:
     """Return the owner whose key the request carries; nothing of its body has been read yet."""
     if credentials is None:
         raise ProblemError(
             ErrorCode.UNAUTHENTICATED, "expected the header 'Authorization: Bearer KEY'; found none: add the key"
         )
-    # Digests have one length, so the comparison's time says nothing about the key's.
-    sent = hashlib.sha256(credentials.credentials.encode("latin-1", "replace")).digest()
-    if not hmac.compare_digest(sent, hashlib.sha256(services.api_key.encode()).digest()):
+    authenticator: Authenticator = request.app.state.authenticator
+    key = credentials.credentials.encode("latin-1", "replace").decode("utf-8", "replace")
+    known, owner = authenticator.remembered(key)
+    if not known:
+        owner = await run_in_threadpool(authenticator.owner_of, key)
+    if owner is None:
         raise ProblemError(ErrorCode.UNAUTHENTICATED, "the key in 'Authorization: Bearer KEY' is not this service's")
-    return services.settings.owner
+    request.state.owner = owner
+    return owner
 
 
 OwnerDep = Annotated[str, Depends(require_key)]

@@ -17,7 +17,7 @@ from service.contract.errors import ErrorCode, FieldError, Problem, ProblemError
 MEDIA_TYPE = "application/problem+json"
 RETRY_AFTER_SECONDS = 2  # what a client is told to wait when something behind the service is away
 
-_log = structlog.get_logger("rankpress.http")
+_log = structlog.get_logger(__name__)
 _METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
 _CODE_OF_STATUS = {
     401: ErrorCode.UNAUTHENTICATED,

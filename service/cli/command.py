@@ -6,7 +6,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import click
 
-from service.cli import about, again, compress, doctor, exits, jobs, keys, serve, worker
+from service.cli import about, again, compress, doctor, exits, jobs, keys, serve, worker, workers
 from service.cli.exits import ExitCode
 from service.cli.output import note, print_json, print_problem
 from service.client import ClientError
@@ -42,6 +42,7 @@ for _command in (
     again.delete,
     jobs.jobs,
     jobs.inspect,
+    workers.workers,
     serve.migrate,
     doctor.doctor,
     keys.keys,

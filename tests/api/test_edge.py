@@ -4,6 +4,7 @@ import asyncio
 from typing import Any
 
 import pytest
+import structlog
 
 from service.app import create_app
 from tests.api import archives
@@ -48,7 +49,7 @@ def test_methods(api: Api, method: str, path: str, allowed: str) -> None:
     assert answer.headers["allow"] == allowed
 
 
-@pytest.mark.parametrize("path", ["/v2/jobs", "/v1", "/v1/jobs/a/b/c/d", "/%00", "/v1/artifacts/x", "/models"])
+@pytest.mark.parametrize("path", ["/v2/jobs", "/v1", "/v1/jobs/a/b/c/d", "/%00", "/v1/artifacts/x/y", "/models"])
 def test_paths(api: Api, path: str) -> None:
     assert_problem(api.client.get(path), 404, "NOT_FOUND")
 
@@ -129,3 +130,13 @@ def test_listening_ends(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("service.api.limits.LINGER_SECONDS", 0.1)
     connection = Connection("/v1/models", [b"x"], {"authorization": "Bearer wrong", "content-length": "5000"})
     assert connection.run(api.client.app) == 401
+
+
+def test_a_job_can_be_traced_from_its_request(api: Api) -> None:
+    with structlog.testing.capture_logs(processors=[structlog.contextvars.merge_contextvars]) as lines:
+        answer = api.submit(headers={"X-Request-Id": "trace-7"})
+    (accepted,) = (line for line in lines if line["event"] == "job_accepted")
+    assert (accepted["job_id"], accepted["request_id"]) == (answer.json()["id"], "trace-7")
+    (line,) = (line for line in lines if line["event"] == "request")
+    assert (line["request_id"], line["route"], line["owner"]) == ("trace-7", "/v1/jobs", "default")
+    assert line["duration_ms"] > 0

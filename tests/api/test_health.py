@@ -1,11 +1,20 @@
 """Health: alive, ready, degraded, unavailable."""
 
 import shutil
+import socket
+import threading
+import time
+from pathlib import Path
 
 import pytest
 from starlette.testclient import TestClient
 
 from service.app import create_app
+from service.contract.ids import WORKER, new_id
+from service.jobs.readiness import Readiness
+from service.services import build_services
+from service.settings import Settings
+from service.store.workers import register_worker
 from tests.api.conftest import HEADERS, Api, MakeServices
 
 
@@ -38,6 +47,58 @@ def test_unavailable_without_the_database(api: Api, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(api.services.database, "ping", lambda: False)
     ready = api.client.get("/v1/health/ready")
     assert (ready.status_code, ready.json()["status"]) == (503, "unavailable")
+    assert "database" in ready.json()["checks"]["workers"]
+
+
+def test_degraded_while_jobs_wait_for_a_worker_that_is_not_there(api: Api) -> None:
+    api.job_id()
+    ready = api.client.get("/v1/health/ready")
+    assert (ready.status_code, ready.json()["status"]) == (200, "degraded")
+    assert "1 job waits in the queue cpu" in ready.json()["checks"]["workers"]
+    with api.services.database.write() as session:
+        register_worker(session, new_id(WORKER), host="h", pid=1, queues=["gpu"], slots=1)
+    assert api.client.get("/v1/health/ready").json()["status"] == "degraded"
+    with api.services.database.write() as session:
+        register_worker(session, new_id(WORKER), host="h", pid=2, queues=["cpu"], slots=1)
+    assert api.client.get("/v1/health/ready").json()["status"] == "ready"
+
+
+def test_a_part_that_hangs_is_not_waited_for(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The database says nothing, as after a cable was cut: readiness and liveness answer all the same."""
+    answered = threading.Event()
+    asked: list[int] = []
+
+    def hang() -> bool:
+        asked.append(1)
+        answered.wait(20)
+        return True
+
+    readiness = Readiness(api.services)
+    monkeypatch.setattr(api.services.database, "ping", hang)
+    for _ in range(5):
+        began = time.monotonic()
+        health = readiness.check(seconds=0.2)
+        assert time.monotonic() - began < 1
+        assert (health.status, health.checks["database"]) == ("unavailable", "did not answer within 0.2 s")
+        assert health.checks["broker"] == "ok"
+    assert len(asked) == 1, "what hangs holds one thread, however often it is asked"
+    answered.set()
+    monkeypatch.undo()
+    assert readiness.check(seconds=10).status == "ready"
+
+
+def test_a_database_that_is_away_is_told_in_time(tmp_path: Path) -> None:
+    """A server that takes connections and says nothing."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"postgresql+psycopg://u@127.0.0.1:{silent.getsockname()[1]}/d"
+        services = build_services(Settings(data_dir=tmp_path, broker_url="redis://127.0.0.1:1/0", database_url=url))
+        with TestClient(create_app(services)) as client:
+            began = time.monotonic()
+            ready = client.get("/v1/health/ready")
+            assert time.monotonic() - began <= 5
+            assert (ready.status_code, ready.json()["status"]) == (503, "unavailable")
+            assert "broker" in ready.json()["checks"]
+    services.database.dispose()
 
 
 def test_unavailable_without_the_blob_store(api: Api) -> None:
