@@ -25,8 +25,9 @@ def hold_blobs(session: Session, keys: Collection[str]) -> None:
 
     Whoever writes a row of content that may be stored already holds its key and looks whether the bytes are still
     there; the sweep holds it while it looks for rows and deletes. So one of them always sees what the other did.
-    On SQLite a transaction that writes is alone as it is.
+    On SQLite a transaction that writes is alone from its beginning.
     """
-    if session.get_bind().dialect.name == "postgresql":
+    connection = session.connection()  # begins, if nothing was said yet
+    if connection.dialect.name == "postgresql":
         for key in sorted(keys):
             session.execute(select(func.pg_advisory_xact_lock(func.hashtextextended(key, 0))))

@@ -5,11 +5,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from submissions import claim_job, empty, submit_job
+from submissions import OWNER, claim_job, empty, received, submit_job
 
+from service.bell import Bell, make_celery
+from service.blobs.store import BlobStore
+from service.jobs.files import store_model
+from service.services import Services
+from service.settings import Settings
 from service.store.attempts import Claim
 from service.store.migration import migrate
 from service.store.session import Database
+from service.store.tables import Model
 
 
 @pytest.fixture(scope="session")
@@ -57,3 +63,23 @@ def take(database: Database) -> Callable[..., Claim]:
         return claimed
 
     return take_one
+
+
+@pytest.fixture
+def services(database: Database, tmp_path: Path) -> Services:
+    """The service without HTTP, on either database."""
+    settings = Settings(data_dir=tmp_path, retry_base_seconds=0)
+    bell = Bell(make_celery(settings))
+    return Services(settings, database, BlobStore(settings.resolved_blob_url), bell, "a-key-of-sixteen-characters")
+
+
+@pytest.fixture
+def upload(services: Services) -> Callable[..., Model]:
+    """Takes in a model as the API does."""
+
+    def upload_content(content: bytes = b"a model", owner: str = OWNER, name: str = "net.pt") -> Model:
+        write = store_model(services.blobs, received(services, content, name))
+        with services.database.write() as session:
+            return write(session, owner)
+
+    return upload_content

@@ -5,6 +5,8 @@ import hashlib
 from sqlalchemy import text
 
 from service.contract.ids import JOB, new_id
+from service.jobs.files import ReceivedFile
+from service.services import Services
 from service.store.attempts import Claim, claim
 from service.store.jobs import NewJob, insert_job
 from service.store.models import upsert_model
@@ -45,3 +47,10 @@ def empty(database: Database) -> None:
     with database.write() as session:
         for name in tables:
             session.execute(text(f"DELETE FROM {name}"))
+
+
+def received(services: Services, content: bytes, name: str | None = "net.pt") -> ReceivedFile:
+    """A file that was sent whole, and is not in the store yet."""
+    with services.blobs.writer(limit_bytes=10**6) as writer:
+        writer.write(content)
+        return ReceivedFile(name, "torchscript", writer.finish())
