@@ -267,7 +267,7 @@ for _ in range(40):
     sha256 = generator.choice(hashes)
     path = cache.fetch(content_key(sha256), sha256, work)
     assert hashlib.sha256(path.read_bytes()).hexdigest() == sha256
-    assert held() <= 60_000
+    assert min(held() for _ in range(3)) <= 60_000  # files come and go while they are counted
 """
 
 
@@ -279,6 +279,7 @@ def test_processes_share_a_cache_that_is_too_small_for_them(tmp_path: Path, s3_u
     said = [process.communicate(timeout=60)[1] for process in processes]
     assert [process.returncode for process in processes] == [0, 0, 0], said
     assert all(path.name in hashes for path in (tmp_path / "cache").iterdir())
+    assert cached_bytes(tmp_path / "cache") <= 60_000
 
 
 def test_a_store_that_is_away_says_so_and_cached_files_need_no_store(
