@@ -146,9 +146,12 @@ def _listen(host: str, port: int) -> socket.socket:
     """Take the address before anything else starts, so that a port in use is told at once."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        return socket.create_server((host, port), family=family, backlog=BACKLOG)
+        listener = socket.create_server((host, port), family=family, backlog=BACKLOG)
     except OSError as error:
         raise OSError(f"cannot listen on {host}:{port}: {error.strerror}; choose another with --port") from error
+    # Connections inherit it: an answer's head and body are two writes, and the second must not wait 40 ms for an ACK.
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return listener
 
 
 def _announce_address(listener: socket.socket) -> str:
