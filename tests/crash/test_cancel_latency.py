@@ -1,0 +1,107 @@
+"""A cancel ends a job within seconds, whatever it is doing; measured with the timings of production."""
+
+import statistics
+import time
+
+import pytest
+from fleet import Fleet
+from scripts import chain
+
+from service.contract.states import JobState
+from service.store.jobs import request_cancel
+
+P95_SECONDS = 5.0
+LONG = 600
+# What the child of a job does so that the job stays where it is to be canceled.
+HELD = {
+    "starting": {"learn": [["sleep", LONG]]},
+    "inspecting": {"learn": [["phase", "inspecting"], ["sleep", LONG]]},
+    "learning": {"learn": [["phase", "learning"], ["chain", LONG, 0.5]]},
+    "deaf to SIGTERM": {"learn": [["ignore_term"], ["phase", "learning"], ["sleep", LONG]]},
+    "fine_tuning": {"learn": [["phase", "fine_tuning"], ["sleep", LONG]]},
+    "emitting": chain(1, 0.0, emit=[["sleep", LONG]]),
+    "verifying": chain(1, 0.0, verify=[["sleep", LONG]]),
+}
+WAITING = ("waiting", "backoff")
+
+
+class Stopwatch:
+    """Cancels many jobs at once and takes each one's time by itself."""
+
+    def __init__(self, fleet: Fleet) -> None:
+        self.fleet = fleet
+        self.asked: dict[str, float] = {}
+        self.seconds: dict[str, float] = {}
+
+    def cancel(self, job_id: str) -> None:
+        self.asked[job_id] = time.monotonic()
+        with self.fleet.database.write() as session:
+            request_cancel(session, job_id, None)
+
+    def wait(self) -> None:
+        def all_ended() -> bool:
+            for job_id in self.asked.keys() - self.seconds.keys():
+                row = self.fleet.job(job_id)
+                if JobState(row.state).terminal:
+                    self.seconds[job_id] = time.monotonic() - self.asked[job_id]
+                    assert row.state == JobState.CANCELED, self.fleet.diagnosis([job_id])
+            return len(self.seconds) == len(self.asked)
+
+        self.fleet.wait(all_ended, 30, "every canceled job ends")
+
+
+@pytest.mark.parametrize(
+    "rounds", [1, pytest.param(12, marks=[pytest.mark.full, pytest.mark.timeout(900)])], ids=["short", "full"]
+)
+def test_cancel_over_states_and_phases(make_fleet, rounds):
+    fleet = make_fleet({"SLOTS": str(len(HELD)), "RECONCILE_SECONDS": "1"})
+    fleet.add_service()
+    machine = fleet.add_machine()
+    fleet.wait_for_workers(1)
+    watch = Stopwatch(fleet)
+    kinds: dict[str, str] = {}
+    for number in range(rounds):
+        held = {fleet.submit(script): kind for kind, script in HELD.items()}
+        fleet.wait(lambda held=held: all_there(fleet, held), 60, f"every job is where it is to be: {held}")
+        waiting = fleet.submit(chain(), ring=False)
+        assert fleet.job(waiting).state == JobState.QUEUED
+        time.sleep(number * 0.37 % 2)  # heartbeats come every 2 s: not always at the same place between two
+        for job_id in (waiting, *held):
+            watch.cancel(job_id)
+        kinds |= held | {waiting: "waiting"}
+        watch.wait()
+        assert not machine.children()
+    # A job in backoff: its child dies, and it waits for its second try.
+    for _ in range(max(1, rounds // 4)):
+        job_id = fleet.submit({"learn": [["exit", 9]]})
+        fleet.wait(lambda job_id=job_id: in_backoff(fleet, job_id), 30, "the job is in backoff")
+        watch.cancel(job_id)
+        kinds[job_id] = "backoff"
+        watch.wait()
+    report(watch, kinds)
+
+
+def all_there(fleet, held):
+    phases = {job_id: fleet.job(job_id).phase for job_id in held}
+    wanted = {job_id: "learning" if kind == "deaf to SIGTERM" else kind for job_id, kind in held.items()}
+    return phases == wanted and all(fleet.notes(job_id) for job_id in held)
+
+
+def in_backoff(fleet, job_id):
+    row = fleet.job(job_id)
+    return row.state == JobState.QUEUED and row.lease_epoch == 1
+
+
+def report(watch, kinds):
+    deaf = [watch.seconds[job_id] for job_id, kind in kinds.items() if kind == "deaf to SIGTERM"]
+    rest = sorted(watch.seconds[job_id] for job_id, kind in kinds.items() if kind != "deaf to SIGTERM")
+    for kind in dict.fromkeys(kinds.values()):
+        of_kind = sorted(watch.seconds[job_id] for job_id in kinds if kinds[job_id] == kind)
+        print(f"{kind}: {len(of_kind)} canceled, {statistics.median(of_kind):.2f} s, at most {of_kind[-1]:.2f} s")
+    p95 = rest[int(0.95 * (len(rest) - 1) + 0.5)]
+    print(
+        f"all: p50 {statistics.median(rest):.2f} s, p95 {p95:.2f} s, at most {rest[-1]:.2f} s; deaf {max(deaf):.2f} s"
+    )
+    assert p95 <= P95_SECONDS
+    grace = watch.fleet.settings.cancel_grace_seconds
+    assert max(deaf) <= watch.fleet.settings.heartbeat_seconds + grace + 2
