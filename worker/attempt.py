@@ -36,6 +36,14 @@ _PHASE_OF_STAGE = {"emit": Phase.EMITTING, "verify": Phase.VERIFYING}
 log = structlog.get_logger(__name__)
 
 
+class _StopAskedError(Exception):
+    """A cancel or a drain came between two stages, or while files were fetched."""
+
+
+class _InputGoneError(Exception):
+    """The job's model or dataset cannot be had as it was uploaded."""
+
+
 class JobAttempt:
     """Runs a claimed job under its lease; everything happens in the thread that calls `run`."""
 
@@ -77,27 +85,36 @@ class JobAttempt:
             return problem
         self._work_dir.mkdir(parents=True, exist_ok=True)
         try:
-            done = Done()
-            try:
-                first = self._first_assignment()
-            except (BlobDamagedError, FileNotFoundError) as error:
-                return _input_gone(error)
-            for stage in STAGES:
-                if self._drain or self._lease.cancel_requested:
-                    return Canceled() if self._lease.cancel_requested else Drained()
-                if phase := _PHASE_OF_STAGE.get(stage):
-                    self._relay.enter(phase)
-                # Later stages read what "learn" left: the checkpoint it began from may be dropped by then.
-                resume_path = first.resume_path if stage == "learn" else None
-                ending = self._run_stage(first.model_copy(update={"stage": stage, "resume_path": resume_path}))
-                if not isinstance(ending, Done):
-                    return ending
-                done = ending
-            self._relay.enter(Phase.STORING)
-            self._relay.flush()
-            return store_results(done, self._claim, self._lease, self._blobs, self._work_dir)
+            first = self._first_assignment()
+            return self._run_stages(first)
+        except _StopAskedError:
+            return Canceled() if self._lease.cancel_requested else Drained()
+        except _InputGoneError as error:
+            return failed(ErrorCode.INTERNAL, str(error))
         finally:
             self._remove_directory()
+
+    def _run_stages(self, first: Assignment) -> Ending:
+        done = Done()
+        for stage in STAGES:
+            self._go_on()
+            if phase := _PHASE_OF_STAGE.get(stage):
+                self._relay.enter(phase)
+            # Later stages read what "learn" left: the checkpoint it began from may be dropped by then.
+            resume_path = first.resume_path if stage == "learn" else None
+            ending = self._run_stage(first.model_copy(update={"stage": stage, "resume_path": resume_path}))
+            if not isinstance(ending, Done):
+                return ending
+            done = ending
+        self._relay.enter(Phase.STORING)
+        self._relay.flush()
+        return store_results(done, self._claim, self._lease, self._blobs, self._work_dir)
+
+    def _go_on(self) -> None:
+        """Refuse to begin, or to go on fetching, what is of no use any more."""
+        self._lease.check()
+        if self._drain or self._lease.cancel_requested:
+            raise _StopAskedError
 
     def _missing_gpu(self) -> Failed | None:
         wanted = self._claim.min_gpu_memory_bytes
@@ -117,8 +134,8 @@ class JobAttempt:
         claim = self._claim
         deadlines = claim.spec.get("deadlines") or {}
         dataset = claim.dataset
-        model_path = self._fetch(claim.model)
-        data_path = None if dataset is None else self._fetch(dataset)
+        model_path = self._fetch_input(claim.model)
+        data_path = None if dataset is None else self._fetch_input(dataset)
         resume = self._checkpoint_file()
         return Assignment(
             stage="learn",
@@ -148,10 +165,18 @@ class JobAttempt:
 
     def _fetch(self, file: InputFile | CheckpointRow, *, keep: bool = True) -> Path:
         def fetch() -> Path:
-            check = self._lease.check  # nobody waits for a download that is of no use any more
-            return self._cache.fetch(file.blob_key, file.sha256, self._work_dir, keep=keep, between_blocks=check)
+            return self._cache.fetch(file.blob_key, file.sha256, self._work_dir, keep=keep, between_blocks=self._go_on)
 
         return self._lease.hold_while(fetch)
+
+    def _fetch_input(self, file: InputFile) -> Path:
+        try:
+            return self._fetch(file)
+        except (BlobDamagedError, FileNotFoundError) as error:
+            raise _InputGoneError(
+                f"the model or the dataset of the job is not in the blob store as it was uploaded ({error}): upload it "
+                "again and submit the job anew, and look after the store"
+            ) from error
 
     def _checkpoint_file(self) -> Path | None:
         """The newest checkpoint whose bytes are whole; a torn one is as if it were not there."""
@@ -208,11 +233,3 @@ class JobAttempt:
         shutil.rmtree(self._work_dir, ignore_errors=True)
         with contextlib.suppress(OSError):
             self._work_dir.parent.rmdir()  # unless another epoch's is in it
-
-
-def _input_gone(error: Exception) -> Failed:
-    return failed(
-        ErrorCode.INTERNAL,
-        f"the model or the dataset of the job is not in the blob store as it was uploaded ({error}): upload it again "
-        "and submit the job anew, and look after the store",
-    )
