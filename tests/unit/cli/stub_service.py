@@ -176,6 +176,16 @@ class StubService:
         self.canceled = True
         return JSONResponse(answer(self.job()), 202)
 
+    async def retry(self, request: Request) -> Response:
+        self.requests.append(request)
+        return JSONResponse(answer(self.job()), 202)
+
+    async def delete(self, request: Request) -> Response:
+        self.requests.append(request)
+        if request.path_params["id"] != self.job_id:
+            return problem_answer(ProblemError(ErrorCode.STATE_CONFLICT, "it is in use: cancel job_x first"))
+        return Response(status_code=204)
+
     async def model(self, request: Request) -> Response:
         body = await request.body()
         disposition = request.headers["Content-Disposition"]
@@ -255,6 +265,8 @@ class StubService:
             routes=[
                 Route("/v1/jobs", self.jobs, methods=["GET", "POST"]),
                 Route(job, self.read_job),
+                Route("/v1/{kind}/{id}", self.delete, methods=["DELETE"]),
+                Route(f"{job}/retry", self.retry, methods=["POST"]),
                 Route(f"{job}/cancel", self.cancel, methods=["POST"]),
                 Route(f"{job}/events", self.events),
                 Route(f"{job}/layers", self.layers),
