@@ -94,6 +94,7 @@ class Fleet:
         self.machines: list[Part] = []
         self.services: list[ServicePart] = []
         self.orphan_seconds = 0.0  # the longest that a child outlived its worker
+        self._numbers = itertools.count(1)
         self.keeps = True  # what is killed is started again
 
     # Parts.
@@ -110,11 +111,17 @@ class Fleet:
 
     def add_machine(self, **more: str) -> Part:
         """Another worker with a data directory of its own; `more` are settings of it alone."""
-        folder = self.folder / f"machine-{len(self.machines) + 1}"
+        folder = self.folder / f"machine-{next(self._numbers)}"
         part = Part("worker", folder, machine_command(self.journal), self._environment(folder, more))
         self.machines.append(part)
         part.start()
         return part
+
+    def remove(self, machine: Part) -> None:
+        """Take a machine away, as if its plug were pulled."""
+        if machine.alive():
+            machine.kill_whole()
+        self.machines.remove(machine)
 
     def _environment(self, folder: Path, more: dict[str, str]) -> dict[str, str]:
         told = {f"RANKPRESS_{name}": value for name, value in more.items()}

@@ -38,7 +38,7 @@ class Journal:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self.note("overlap")
-        self.note("start")
+        self.note("start", resumes=self.assignment.resume_path is not None)
 
     def note(self, what, **more):
         line = {"what": what, "epoch": self.assignment.epoch, "stage": self.assignment.stage, "pid": os.getpid()}
