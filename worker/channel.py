@@ -2,7 +2,7 @@
 
 The supervisor writes one `Assignment` to the child's standard input and keeps it open; when it closes, the child
 exits. The child writes messages to the file descriptor named in `RANKPRESS_CHANNEL_FD`. On `DRAIN_SIGNAL` a child that
-can be resumed writes a checkpoint as soon as it is between two steps, and exits. What a child says is not
+can be resumed writes a checkpoint as soon as it is between two updates, and exits. What a child says is not
 trusted: a line that is too long or does not parse ends the attempt, never the supervisor.
 """
 
@@ -47,7 +47,7 @@ class Assignment(_Message):
     memory_bytes_max: int | None = None
     first_forward_seconds: float = 60.0
     checkpoint_seconds: float = 300.0  # longest time without a checkpoint
-    checkpoint_spacing_seconds: float = 30.0  # least time between two at the ends of steps
+    checkpoint_spacing_seconds: float = 30.0  # least time between two at the ends of steps; 0: one at each of them
     hashes: dict[str, str] = {}  # SHA-256 of model, data, spec
 
 

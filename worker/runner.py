@@ -9,12 +9,13 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from service.contract.errors import ErrorCode, ProblemError
 from service.contract.events import EventKind, Progress
+from service.contract.marks import mark
 from service.contract.plan import LayerFacts, RankRow
 from service.contract.report import PhaseUse
 from service.contract.states import Phase
@@ -38,6 +39,7 @@ EXIT_PROBLEM = 65  # EX_DATAERR: the problem was said over the channel
 EXIT_INTERNAL = 70  # EX_SOFTWARE
 PHASES_FILE = "phases.json"
 PROGRESS_SECONDS = 0.5  # progress is told at most this often
+WRITES_SHARE_MAX = 1 / 50  # of the time may go into checkpoints at the ends of steps and epochs
 
 
 def main() -> int:
@@ -82,10 +84,12 @@ class RelayingObserver:
         self._entered = time.monotonic()
         self._told = 0.0
         self._saved = time.monotonic()
+        self._write_seconds = 0.0
+        self._position: int | None = None
         self._leaving = False
 
-    def leave_between_steps(self) -> None:
-        """Let the next checkpoint be the last thing that this process does."""
+    def leave(self) -> None:
+        """Let the next checkpoint, which is due at once, be the last thing that this process does."""
         self._leaving = True
 
     def phase(self, phase: str) -> None:
@@ -131,26 +135,55 @@ class RelayingObserver:
         """Add to the job's history."""
         self._writer.send(EventMessage(kind=kind, data=dict(data)))
 
-    def checkpoint(self, saved: Any, step: int, *, must: bool = False) -> None:
-        """Write a checkpoint unless the last one is too recent; leave after it where the supervisor has asked."""
-        from worker.checkpoint import write_checkpoint  # noqa: PLC0415
+    def pulse(self, kind: str, done: int, total: int) -> bool:
+        """Say whether a checkpoint is due in the middle of a step; called after every update, so it must be quick."""
+        if kind == "c_step":
+            mark("mid_c_step")
+        elif kind == "l_step" and done < total:
+            mark("mid_l_step")
+        return self._leaving or time.monotonic() - self._saved >= self._assignment.checkpoint_seconds
 
-        if not must and not self._leaving and time.monotonic() - self._saved < self._assignment.checkpoint_seconds:
-            return
-        self._writer.send(write_checkpoint(saved, self._work_dir / "checkpoints", step))
-        self._saved = time.monotonic()
+    def checkpoint(self, save: Callable[[], Any], position: int, *, must: bool = False) -> None:
+        """Write a checkpoint if one is due here; leave after it where the supervisor has asked."""
+        if position != self._position and (must or self._leaving or self._due_between_steps()):
+            self._write(save, position)
         if self._leaving:
             raise SystemExit(0)
+
+    def _due_between_steps(self) -> bool:
+        spacing = self._assignment.checkpoint_spacing_seconds
+        if spacing > 0:
+            spacing = max(spacing, self._write_seconds / WRITES_SHARE_MAX)
+        return time.monotonic() - self._saved >= min(spacing, self._assignment.checkpoint_seconds)
+
+    def _write(self, save: Callable[[], Any], position: int) -> None:
+        from worker.checkpoint import write_checkpoint  # noqa: PLC0415
+
+        began = time.monotonic()
+        self._writer.send(write_checkpoint(save(), self._work_dir / "checkpoints", position))
+        self._position, self._saved = position, time.monotonic()
+        self._write_seconds = self._saved - began
 
 
 def _learn(assignment: Assignment, relay: RelayingObserver) -> dict[str, Any]:
     from service.contract.spec import parse_spec  # noqa: PLC0415
-    from worker.checkpoint import read_checkpoint  # noqa: PLC0415
     from worker.engine.learn import learn  # noqa: PLC0415
 
-    signal.signal(DRAIN_SIGNAL, lambda *_: relay.leave_between_steps())
-    saved = read_checkpoint(Path(assignment.resume_path)) if assignment.resume_path else None
-    return learn(_sources(assignment), parse_spec(assignment.spec), relay, saved)
+    signal.signal(DRAIN_SIGNAL, lambda *_: relay.leave())
+    return learn(_sources(assignment), parse_spec(assignment.spec), relay, _saved(assignment, relay))
+
+
+def _saved(assignment: Assignment, relay: RelayingObserver) -> Any:
+    """Read what an earlier attempt saved; what another release saved is of no use, and the job begins anew."""
+    from worker.checkpoint import OtherFormatError, read_checkpoint  # noqa: PLC0415
+
+    if assignment.resume_path is None:
+        return None
+    try:
+        return read_checkpoint(Path(assignment.resume_path))
+    except OtherFormatError as error:
+        relay.event(EventKind.WARNING, {"code": "CHECKPOINT_NOT_READ", "message": f"{error}; the job begins anew"})
+        return None
 
 
 def _emit(assignment: Assignment, relay: RelayingObserver) -> dict[str, Any]:

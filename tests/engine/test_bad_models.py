@@ -203,12 +203,14 @@ def test_a_step_that_diverges_is_repeated_at_half_the_rate(tmp_path: Path, monke
     rates = []
     epoch = Trainer.epoch
 
-    def once(self: Trainer, optimizer: torch.optim.Optimizer, place: tuple[int, ...], *args: Any, **more: Any) -> float:
-        rates.append((tuple(place), optimizer.param_groups[0]["lr"]))
+    def once(
+        self: Trainer, optimizer: torch.optim.Optimizer, stream: tuple[int, ...], *args: Any, **more: Any
+    ) -> float:
+        rates.append((tuple(stream), optimizer.param_groups[0]["lr"]))
         if len(rates) == 2:
             with torch.no_grad():
                 next(iter(self.module.parameters())).fill_(float("nan"))
-        return epoch(self, optimizer, place, *args, **more)
+        return epoch(self, optimizer, stream, *args, **more)
 
     monkeypatch.setattr(Trainer, "epoch", once)
     learned = run_learn(tmp_path / "w", model, quick(budget={"max_macs_fraction": 0.6}), data)

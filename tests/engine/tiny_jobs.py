@@ -145,16 +145,27 @@ class Learned:
         return load_file(self.work_dir / FINAL_STATE)
 
     @property
+    def after_steps(self) -> list[Saved]:
+        """What was saved after each step of the loop."""
+        kept = [saved for saved in self.recorder.checkpoints if saved.state["stage"] == "learning"]
+        return [saved for saved in kept if saved.state["step"] > 0 and saved.state["l_step"] is None]
+
+    @property
     def final_rows(self) -> list[RankRow]:
         return [row for row in self.recorder.rank_rows if row.chosen]
 
 
 def run_learn(
-    work_dir: Path, model: Path, spec: Mapping[str, Any], data: Path | None = None, saved: Saved | None = None
+    work_dir: Path,
+    model: Path,
+    spec: Mapping[str, Any],
+    data: Path | None = None,
+    saved: Saved | None = None,
+    observer: Recorder | None = None,
 ) -> Learned:
     """Run the first stage in this process."""
     work_dir.mkdir(parents=True, exist_ok=True)
-    recorder = Recorder()
+    recorder = observer if observer is not None else Recorder()
     kind = None if data is None else data.suffix.removeprefix(".")
     result = learn(Sources(model, data, kind, work_dir), parse_spec(dict(spec)), recorder, saved)
     return Learned(recorder, work_dir, result)

@@ -108,14 +108,35 @@ def load_state(module: torch.jit.ScriptModule, state: Mapping[str, Tensor]) -> N
 
 def state_of(module: torch.jit.ScriptModule) -> dict[str, Tensor]:
     """Copy of every parameter and buffer, on the CPU."""
-    own = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in own.items()}
+    return {name: tensor.to("cpu", copy=True).contiguous() for name, tensor in _own(module).items()}
+
+
+def state_in_place(module: torch.jit.ScriptModule) -> dict[str, Tensor]:
+    """Every parameter and buffer, contiguous on the CPU, and not copied where it lies so: to be written at once."""
+    made: dict[str, Tensor] = {}
+    known: set[int] = set()
+    for name, tensor in _own(module).items():
+        there = tensor.cpu().contiguous()
+        storage = there.untyped_storage().data_ptr()
+        made[name] = there.clone() if storage in known else there  # a file of tensors holds none that share memory
+        known.add(storage)
+    return made
+
+
+def live(state: Mapping[str, Tensor], recipe: Recipe) -> dict[str, Tensor]:
+    """State of a factored network without the dense weights that nothing uses any more."""
+    dead = {layer["weight"] for layer in recipe}
+    return {name: tensor for name, tensor in state.items() if name not in dead}
 
 
 def live_state(module: torch.jit.ScriptModule, recipe: Recipe) -> dict[str, Tensor]:
-    """State of a factored network without the dense weights that nothing uses any more."""
-    dead = {layer["weight"] for layer in recipe}
-    return {name: tensor for name, tensor in state_of(module).items() if name not in dead}
+    """Copy of what is live in a factored network, on the CPU."""
+    return live(state_of(module), recipe)
+
+
+def _own(module: torch.jit.ScriptModule) -> dict[str, Tensor]:
+    own = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    return {name: tensor.detach() for name, tensor in own.items()}
 
 
 def _emit(layer: dict[str, Any], given: Sequence[Factors] | None, bias: Tensor | None, dtype: torch.dtype) -> nn.Module:

@@ -1,6 +1,9 @@
-"""Where a job computes, and what PyTorch is told once per process."""
+"""Where a job computes, what PyTorch is told once per process, and its random states."""
+
+from collections.abc import Mapping
 
 import torch
+from torch import Tensor
 
 from service.contract.errors import ErrorCode, ProblemError
 
@@ -33,3 +36,19 @@ def prepare_process(thread_count: int, *, repeatable: bool = True) -> None:
     torch.set_num_threads(thread_count)
     torch._C._set_graph_executor_optimize(not repeatable)
     torch.backends.cudnn.benchmark = False
+
+
+def random_states(device: torch.device) -> dict[str, Tensor]:
+    """States of PyTorch's generators that training on a device draws from, uint8 on the CPU."""
+    states = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def restore_random_states(states: Mapping[str, Tensor], device: torch.device) -> None:
+    """Go on from random states; a device whose state is not among them goes on from its own."""
+    if "cpu" in states:
+        torch.set_rng_state(states["cpu"])
+    if device.type == "cuda" and "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"], device)

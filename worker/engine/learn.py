@@ -63,7 +63,7 @@ def learn(sources: Sources, spec: JobSpec, observer: Observer, saved: Saved | No
     observer : Observer
         Told of phases, layers, ranks, progress and checkpoints.
     saved : Saved, optional
-        Where an earlier attempt stood.
+        Where an earlier attempt stood; its tensors become the run's own.
 
     Returns
     -------
@@ -92,6 +92,7 @@ def learn(sources: Sources, spec: JobSpec, observer: Observer, saved: Saved | No
     examples = example_inputs(spec, dataset, device)
     census = take_census(reference, tuple(x[:1] for x in examples))
     context = _context(sources, spec, observer, device, census, dataset, reference, examples, saved)
+    del saved  # the context lets go of it
     outcome = method_for(spec.method.type).run(context)
     _leave(sources, context, outcome, examples)
     return {"recipe_layers": len(outcome.recipe), **outcome.notes}

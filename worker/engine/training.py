@@ -1,6 +1,6 @@
 """The one training loop: the L step and the training of the factored network."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import inf, isfinite
 
@@ -11,6 +11,7 @@ from torch import Tensor
 from service.contract.errors import ErrorCode, ProblemError
 from service.contract.spec import SgdSpec
 from worker.engine.data import Batch, Dataset, epoch_order
+from worker.engine.device import restore_random_states
 from worker.engine.forward import call, out_of_memory
 from worker.engine.objective import Objective
 from worker.engine.teacher import Teacher
@@ -67,6 +68,47 @@ class Penalty:
 
 
 @dataclass
+class Place:
+    """Where training under one optimiser stands.
+
+    Parameters
+    ----------
+    epochs : int
+        Complete ones.
+    updates : int
+        Made in the present epoch: the sampler's position.
+    samples : int
+        That these updates saw.
+    loss_sum : Tensor
+        Sum of their losses, each times its samples; a scalar, float64, on the trainer's device.
+    loss : float
+        Mean loss of the last complete epoch.
+    random : mapping of str to Tensor
+        Random states to go on from, where the present epoch is taken up in its middle.
+    """
+
+    epochs: int = 0
+    updates: int = 0
+    samples: int = 0
+    loss_sum: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
+    loss: float = 0.0
+    random: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def count(self, loss: Tensor, samples: int) -> None:
+        """Count an update."""
+        self.updates += 1
+        self.samples += samples
+        self.loss_sum += loss * samples
+
+    def turn(self, loss: float) -> None:
+        """Go on to the next epoch."""
+        self.epochs += 1
+        self.loss = loss
+        self.updates = self.samples = 0
+        self.loss_sum = torch.zeros_like(self.loss_sum)
+
+
+@dataclass
 class Trainer:
     """Trains one network on the train part of a dataset.
 
@@ -117,19 +159,28 @@ class Trainer:
             weight_decay=self.spec.weight_decay,
         )
 
+    @property
+    def updates_per_epoch(self) -> int:
+        """Updates of a whole epoch; a single sample that is left over makes none: batch norm cannot train on it."""
+        full, left = divmod(self.dataset.size("train"), self.batch_size)
+        return full + (left > 1 or (left == 1 and full == 0))
+
     def epoch(
         self,
         optimizer: torch.optim.Optimizer,
-        place: Sequence[int],
+        stream: Sequence[int],
         penalty: Penalty | None = None,
         *,
         updates_max: int | None = None,
         loss_limit: float = inf,
+        place: Place | None = None,
+        after_update: Callable[[], None] | None = None,
     ) -> float:
-        """Train one epoch; return the mean loss, without the penalty.
+        """Train one epoch, or what `place` leaves of it; return its mean loss, without the penalty.
 
-        Order and dropout depend on the seed and on `place` (stage, step, epoch) alone, so a resumed run repeats the
-        epoch bit for bit on the same CPU and thread count.
+        Order and dropout depend on the seed and on `stream` (stage, step, epoch) alone, so a resumed run repeats the
+        epoch bit for bit on the same CPU and thread count. `place` follows every update, after which `after_update` is
+        called, and stands at the next epoch when this one is over.
 
         Raises
         ------
@@ -137,26 +188,27 @@ class Trainer:
             ``DIVERGED`` when the loss is no longer finite or above `loss_limit`, ``OUT_OF_MEMORY`` when a quarter of
             the batch does not fit.
         """
-        torch.manual_seed(int(np.random.SeedSequence([self.seed, *place]).generate_state(1)[0]))
-        order = epoch_order(self.dataset.size("train"), self.seed, *place)
+        place = place if place is not None else Place()
+        torch.manual_seed(int(np.random.SeedSequence([self.seed, *stream]).generate_state(1)[0]))
+        if place.updates > 0:
+            restore_random_states(place.random, self.device)
+        order = epoch_order(self.dataset.size("train"), self.seed, *stream)
         self.module.train()
-        total, count = torch.zeros((), dtype=torch.float64, device=self.device), 0
-        for update, start in enumerate(range(0, len(order), self.batch_size)):
-            if update == updates_max:
-                break
-            positions = order[start : start + self.batch_size]
-            if len(positions) == 1 and self.batch_size > 1 and update > 0:
-                continue  # what is left over: batch norm cannot train on one sample
-            loss = self._update(optimizer, positions, penalty)
-            total += loss * len(positions)
-            count += len(positions)
-        mean = float(total) / max(count, 1)
+        place.loss_sum = place.loss_sum.to(self.device)
+        last = self.updates_per_epoch if updates_max is None else min(updates_max, self.updates_per_epoch)
+        while place.updates < last:
+            positions = order[place.updates * self.batch_size :][: self.batch_size]
+            place.count(self._update(optimizer, positions, penalty), len(positions))
+            if after_update is not None:
+                after_update()
+        mean = float(place.loss_sum) / max(place.samples, 1)
         if not isfinite(mean) or not self._finite():
             raise ProblemError(
                 ErrorCode.DIVERGED, "the training loss is no longer a number; lower training.optimizer.lr"
             )
         if mean > loss_limit:
             raise ProblemError(ErrorCode.DIVERGED, f"the training loss rose to {mean:.3g}; lower training.optimizer.lr")
+        place.turn(mean)
         return mean
 
     def _finite(self) -> bool:

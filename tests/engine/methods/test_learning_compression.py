@@ -28,7 +28,7 @@ def learn(files: tuple[Path, Path], folder: Path, **changes: Any) -> Learned:
 
 def parts_of(learned: Learned, step: int, index: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """W, Θ and β of a layer after a step."""
-    tensors = learned.recorder.checkpoints[step].tensors
+    tensors = learned.after_steps[step].tensors
     theta = tensors[f"left.{index}.0"] @ tensors[f"right.{index}.0"]
     return tensors[f"network.{NAMES[index]}.weight"].double(), theta, tensors[f"multiplier.{index}"].double()
 
@@ -53,7 +53,7 @@ def test_multipliers_are_updated_as_written(files: tuple[Path, Path], tmp_path: 
         beta = torch.zeros((), dtype=torch.float64)
         for step, data in enumerate(steps):
             weight, theta, found = parts_of(learned, step, index)
-            dense = learned.recorder.checkpoints[step].state["projections"][index]["dense"]
+            dense = learned.after_steps[step].state["projections"][index]["dense"]
             beta = beta * 0 if dense else beta - data["mu"] * (weight - theta)
             assert torch.allclose(found, beta.expand_as(found), atol=1e-5 * (1 + float(beta.abs().max())))
     without = learn(files, tmp_path / "without", method={"multipliers": False, "mu": {"steps": 2}})

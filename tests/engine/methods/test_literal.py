@@ -123,7 +123,7 @@ def literal_spec(lam: float, order: Sequence[str]) -> dict[str, object]:
 
 def terms_of_step(learned: Learned, step: int, order: Sequence[str]) -> list[tuple[int, Tensor]]:
     """Rank and Θ of every term after a step, from the checkpoint."""
-    tensors = learned.recorder.checkpoints[step].tensors
+    tensors = learned.after_steps[step].tensors
     made = []
     for key, name in zip(("0.0", "0.1", "1.0"), (*order, "matrix"), strict=True):
         left, right = tensors[f"left.{key}"], tensors[f"right.{key}"]
@@ -141,7 +141,7 @@ def test_equals_the_pseudocode(
     terms = {"conv": [NAMED[name] for name in order], "fc": [MATRIX]}
     history = pseudocode(net.train(), terms, lam, x, y)
     learned = run_learn(tmp_path, model, literal_spec(lam, order), data)
-    assert len(learned.recorder.checkpoints) == STEPS
+    assert len(learned.after_steps) == STEPS
     for step, (ranks, theta) in enumerate(history):
         found = terms_of_step(learned, step, order)
         assert [rank for rank, _ in found] == ranks, f"step {step}"

@@ -42,7 +42,8 @@ class Spectrum:
         roots = self.energies[:rank].clamp_min(max(floor, _SMALLEST)).sqrt().sqrt()
         if self.matrix.shape[0] <= self.matrix.shape[1]:
             return Factors(vectors * roots, (vectors.T @ self.matrix) / roots[:, None])
-        return Factors((self.matrix @ vectors) / roots, (vectors * roots).T)
+        # Contiguous, as it is once it was saved: products of other layouts may round otherwise.
+        return Factors((self.matrix @ vectors) / roots, (vectors * roots).T.contiguous())
 
 
 def leading_spectrum(matrix: Tensor, *, above: float | None = None, at_most: int | None = None) -> Spectrum:

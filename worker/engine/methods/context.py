@@ -1,6 +1,6 @@
 """What every method works with: the network, the data, the objective, the budget, and who listens."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import monotonic
@@ -13,14 +13,17 @@ from service.contract.events import Progress
 from service.contract.plan import RankRow
 from service.contract.spec import JobSpec
 from worker.engine.assembly import Recipe
+from worker.engine.course import Course
 from worker.engine.data import Dataset
 from worker.engine.layer_rules import Decisions
 from worker.engine.network.load import load_model
 from worker.engine.objective import Objective
-from worker.engine.observer import Observer, Saved
+from worker.engine.observer import Observer, PulseKind, Saved
 from worker.engine.selection.steering import Network
 from worker.engine.teacher import Teacher
 from worker.engine.training import Trainer
+
+TOLD_SECONDS = 1.0  # progress within an epoch is told about this often
 
 
 @dataclass
@@ -47,6 +50,11 @@ class Context:
         Who listens.
     saved : Saved or None
         Where an earlier attempt stood.
+    resolved : dict
+        The spec with its `auto` values replaced, as far as they are known.
+    position : int
+        Place in the run: optimiser updates made, those of repeated steps too, with one more for each C step, for the
+        settling of the ranks and for the factored network's learning rate; it only ever grows.
     """
 
     source: Path
@@ -61,6 +69,10 @@ class Context:
     observer: Observer
     saved: Saved | None = None
     resolved: dict[str, Any] = field(default_factory=dict)
+    position: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.position = 0 if self.saved is None else self.saved.state["position"]
 
     def copy(self) -> torch.jit.ScriptModule:
         """Load a fresh copy of the reference on the device."""
@@ -89,6 +101,34 @@ class Context:
             place = place[name]
         place[last] = value
         self.observer.resolved(self.resolved)
+
+    def take_saved(self) -> Saved:
+        """Hand out what an earlier attempt saved, once: as large as the network several times over, it is not kept.
+
+        Raises
+        ------
+        ValueError
+            When nothing was saved, or it was taken.
+        """
+        if self.saved is None:
+            raise ValueError("there is no saved state")
+        saved, self.saved = self.saved, None
+        return saved
+
+    def checkpoint(self, save: Callable[[], Saved], *, must: bool = False) -> None:
+        """Save the run where it stands, unless that is not due; see `Observer.checkpoint`."""
+
+        def placed() -> Saved:
+            saved = save()
+            return Saved(saved.tensors, {**saved.state, "position": self.position})
+
+        self.observer.checkpoint(placed, self.position, must=must)
+
+    def after_update(self, kind: PulseKind, course: Course, save: Callable[[], Saved]) -> None:
+        """Count an optimiser's update, and save the run in the middle of its epoch where the observer asks for it."""
+        self.position += 1
+        if self.observer.pulse(kind, course.place.updates, course.trainer.updates_per_epoch):
+            self.checkpoint(save, must=True)
 
 
 @dataclass(frozen=True)
@@ -121,28 +161,41 @@ class Method(Protocol):
 
 
 class ProgressMeter:
-    """Progress in epochs of work, with the time left judged by this attempt's own speed."""
+    """Progress in epochs of work, with the time left judged by this attempt's own speed.
 
-    def __init__(self, observer: Observer, total_units: int, total_steps: int, done_units: int = 0) -> None:
+    Parameters
+    ----------
+    observer : Observer
+        Who is told.
+    total_units, total_steps : int
+        Epochs and steps of the whole run.
+    done_units : float
+        Epochs that earlier attempts made.
+    """
+
+    def __init__(self, observer: Observer, total_units: int, total_steps: int, done_units: float = 0.0) -> None:
         self._observer = observer
         self._total_units = max(total_units, 1)
         self._total_steps = total_steps
-        self._done = done_units
         self._began, self._began_at = monotonic(), done_units
+        self._told = self._began
         self._last = Progress(total_steps=total_steps)
 
-    def advance(self, step: int, units: int, *, loss: float | None = None, cost: float | None = None) -> None:
-        """Tell that `units` more epochs are done, within a step."""
-        self._done += units
-        elapsed = monotonic() - self._began
-        made = self._done - self._began_at
-        left = self._total_units - self._done
+    def reach(self, step: int, units: float, *, loss: float | None = None, cost: float | None = None) -> None:
+        """Tell that the run stands after so many epochs, within a step."""
+        self._told = monotonic()
+        made, left = units - self._began_at, self._total_units - units
         self._last = Progress(
             step=step,
             total_steps=self._total_steps,
-            fraction=min(self._done / self._total_units, 1.0),
-            eta_seconds=elapsed / made * max(left, 0) if made > 0 else None,
+            fraction=min(units / self._total_units, 1.0),
+            eta_seconds=(self._told - self._began) / made * max(left, 0.0) if made > 0 else None,
             loss=loss if loss is not None else self._last.loss,
             cost=cost if cost is not None else self._last.cost,
         )
         self._observer.progress(self._last)
+
+    def pass_by(self, step: int, units: float) -> None:
+        """Tell it if nothing was told for a while; for calls that come fast."""
+        if monotonic() - self._told >= TOLD_SECONDS:
+            self.reach(step, units)

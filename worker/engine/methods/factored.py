@@ -1,7 +1,8 @@
 """The last part of every low-rank method: ranks are settled, and the factored network is trained (methods L.7)."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,7 +11,17 @@ from torch import Tensor
 from service.contract.errors import ErrorCode, ProblemError
 from service.contract.events import EventKind
 from service.contract.states import Phase
-from worker.engine.assembly import Recipe, assemble, live_state, load_state, make_recipe, state_of
+from worker.engine.assembly import (
+    Recipe,
+    assemble,
+    live,
+    live_state,
+    load_state,
+    make_recipe,
+    state_in_place,
+    state_of,
+)
+from worker.engine.course import Course
 from worker.engine.csteps.additive import Projection, project
 from worker.engine.evaluation import evaluate
 from worker.engine.forms.low_rank import Factors
@@ -31,19 +42,42 @@ Learned = tuple[torch.jit.ScriptModule, Sequence[Tensor], Sequence[Projection], 
 
 @dataclass
 class Tuning:
-    """State of the factored network's training between two epochs."""
+    """State of the factored network's training.
+
+    Parameters
+    ----------
+    recipe : list of dict
+        What each compressed layer became.
+    projections, norms
+        Θ and ‖W‖² of each layer that could be compressed.
+    step : int
+        Steps that were made before.
+    module : ScriptModule
+        The factored network.
+    best, best_score, best_epoch
+        The best iterate on the select part; that before the first epoch has no score until `rate` is known.
+    epoch : int
+        Epochs that were made and scored.
+    rate : float or None
+        The learning rate; None until it is tested for.
+    course : Course or None
+        The training.
+    saved : Saved or None
+        A course that a checkpoint holds, until it is taken up.
+    """
 
     recipe: Recipe
     projections: list[Projection]
     norms: list[float]
     step: int
-    rate: float
     module: torch.jit.ScriptModule
     best: Mapping[str, Tensor]
     best_score: float
-    epoch: int = 0
     best_epoch: int = 0
-    momentum: Mapping[str, Tensor] = field(default_factory=dict)
+    epoch: int = 0
+    rate: float | None = None
+    course: Course | None = None
+    saved: Saved | None = None
 
 
 def finish(context: Context, learned: Learned | None, meter: ProgressMeter, epochs: int) -> Outcome:
@@ -72,11 +106,13 @@ def finish(context: Context, learned: Learned | None, meter: ProgressMeter, epoc
     context.observer.ranks(rows)
     if context.dataset is not None and epochs > 0:
         context.observer.phase(Phase.FINE_TUNING)
+        if learned is not None:
+            context.checkpoint(partial(_save, context, tuning))
         _train(context, tuning, meter, epochs)
     notes: dict[str, Any] = {
         "fine_tune_epochs": tuning.epoch,
         "fine_tune_best_epoch": tuning.best_epoch,
-        "fine_tune_learning_rate": tuning.rate,
+        "fine_tune_learning_rate": tuning.rate or 0.0,
     }
     return Outcome(tuning.recipe, tuning.best, rows, notes)
 
@@ -108,7 +144,8 @@ def _build(
     made = held_against(context.network, weights, made)
     norms = [float(weight.double().square().sum()) for weight in weights]
     state = live_state(network, recipe)
-    return Tuning(recipe, made, norms, step, 0.0, network, state, float("inf"))
+    context.position += 1
+    return Tuning(recipe, made, norms, step, network, state, float("inf"))
 
 
 def _settle(context: Context, targets: Sequence[Tensor], projections: Sequence[Projection]) -> list[Projection]:
@@ -140,40 +177,55 @@ def _settle(context: Context, targets: Sequence[Tensor], projections: Sequence[P
 
 def _train(context: Context, tuning: Tuning, meter: ProgressMeter, epochs: int) -> None:
     """Train with a cosine schedule; keep the best iterate on the select part, stop early when it is long past."""
-    assert context.dataset is not None  # noqa: S101
-    assert context.objective is not None  # noqa: S101
-    if tuning.epoch == 0:
-        tuning.best_score = _select_score(context, tuning.module)
-        tuning.rate = _rate(context, tuning)
-    trainer = context.trainer(tuning.module)
-    optimizer = trainer.optimizer(tuning.rate)
-    _load_momentum(optimizer, tuning)
+    save = partial(_save, context, tuning)
+    rate = _begin(context, tuning) if tuning.rate is None else tuning.rate
+    course = tuning.course = Course.begin(context.trainer(tuning.module), rate)
+    if tuning.saved is not None:
+        course.load(tuning.saved)
+        tuning.saved = None
+    done = context.spec.method.mu.steps * context.spec.training.epochs_per_step
+
+    def after_update() -> None:
+        meter.pass_by(context.spec.method.mu.steps, done + course.epochs_done)
+        context.after_update("fine_tune", course, save)
+
     patience = max(PATIENCE_EPOCHS_MIN, round(epochs * PATIENCE_SHARE))
     while tuning.epoch < epochs and tuning.epoch - tuning.best_epoch < patience:
-        for group in optimizer.param_groups:
-            group["lr"] = tuning.rate * _cosine(tuning.epoch / epochs)
+        for group in course.optimizer.param_groups:
+            group["lr"] = rate * _cosine(tuning.epoch / epochs)
         try:
-            loss = trainer.epoch(optimizer, (FINE_TUNE_STREAM, tuning.epoch))
+            course.epoch((FINE_TUNE_STREAM,), after_update=after_update)
         except ProblemError as error:
             if error.code != ErrorCode.DIVERGED:
                 raise
             message = "the training of the factored network diverged; its best iterate before is kept"
             context.observer.event(EventKind.WARNING, {"code": "FINE_TUNE_DIVERGED", "message": message})
             break
-        tuning.epoch += 1
-        score = _select_score(context, tuning.module)
-        if score < tuning.best_score:
-            tuning.best, tuning.best_score, tuning.best_epoch = (
-                live_state(tuning.module, tuning.recipe),
-                score,
-                tuning.epoch,
-            )
-        context.observer.event(
-            EventKind.METRIC,
-            {"name": "objective", "part": "select", "value": score, "epoch": tuning.epoch, "loss": loss},
-        )
-        meter.advance(context.spec.method.mu.steps, 1, loss=loss)
-        context.observer.checkpoint(_save(context, tuning, optimizer), tuning.step + tuning.epoch)
+        _score(context, tuning, course.place.loss)
+        meter.reach(context.spec.method.mu.steps, done + tuning.epoch, loss=course.place.loss)
+        context.checkpoint(save)
+
+
+def _begin(context: Context, tuning: Tuning) -> float:
+    """Score the network as it was settled, and find its learning rate."""
+    tuning.best_score = _select_score(context, tuning.module)
+    tuning.rate = _rate(context, tuning)
+    context.position += 1
+    tested = context.spec.training.optimizer.lr == "auto"
+    context.checkpoint(partial(_save, context, tuning), must=tested)  # a test is not made twice
+    return tuning.rate
+
+
+def _score(context: Context, tuning: Tuning, loss: float) -> None:
+    """Score the epoch that was made, and keep its iterate if it is the best."""
+    tuning.epoch += 1
+    score = _select_score(context, tuning.module)
+    if score < tuning.best_score:
+        tuning.best = live_state(tuning.module, tuning.recipe)
+        tuning.best_score, tuning.best_epoch = score, tuning.epoch
+    context.observer.event(
+        EventKind.METRIC, {"name": "objective", "part": "select", "value": score, "epoch": tuning.epoch, "loss": loss}
+    )
 
 
 def _rate(context: Context, tuning: Tuning) -> float:
@@ -202,31 +254,15 @@ def _select_score(context: Context, module: torch.jit.ScriptModule) -> float:
     return evaluate(module, context.dataset, "select", context.objective, context.teacher, context.device).objective
 
 
-def _names(module: torch.jit.ScriptModule) -> list[str]:
-    return [name for name, parameter in module.named_parameters() if parameter.requires_grad]
-
-
-def _load_momentum(optimizer: torch.optim.SGD, tuning: Tuning) -> None:
-    if not tuning.momentum:
-        return
-    parameters = optimizer.param_groups[0]["params"]
-    for name, parameter in zip(_names(tuning.module), parameters, strict=True):
-        if name in tuning.momentum:
-            optimizer.state[parameter]["momentum_buffer"] = tuning.momentum[name].to(parameter.device)
-
-
-def _save(context: Context, tuning: Tuning, optimizer: torch.optim.SGD) -> Saved:
-    tensors = {f"network.{name}": tensor for name, tensor in live_state(tuning.module, tuning.recipe).items()}
-    tensors |= {f"best.{name}": tensor for name, tensor in tuning.best.items()}
-    parameters = optimizer.param_groups[0]["params"]
-    for name, parameter in zip(_names(tuning.module), parameters, strict=True):
-        held = optimizer.state.get(parameter, {}).get("momentum_buffer")
-        if held is not None:
-            tensors[f"momentum.{name}"] = held.detach().cpu()
+def _save(context: Context, tuning: Tuning) -> Saved:
+    tensors = {f"best.{name}": tensor for name, tensor in tuning.best.items()}
+    for name, tensor in live(state_in_place(tuning.module), tuning.recipe).items():
+        tensors[f"network.{name}"] = tensor
+    done = context.spec.method.mu.steps * context.spec.training.epochs_per_step
     state: dict[str, Any] = {
         "stage": STAGE,
         "step": tuning.step,
-        "done_epochs": context.spec.method.mu.steps * context.spec.training.epochs_per_step + tuning.epoch,
+        "done_epochs": done + (tuning.course.epochs_done if tuning.course is not None else 0.0),
         "epoch": tuning.epoch,
         "best_epoch": tuning.best_epoch,
         "best_score": tuning.best_score,
@@ -238,19 +274,20 @@ def _save(context: Context, tuning: Tuning, optimizer: torch.optim.SGD) -> Saved
             for made in tuning.projections
         ],
         "resolved": context.resolved,
+        "course": None,
     }
+    if tuning.course is not None:
+        course = tuning.course.save()
+        tensors |= course.named("course.")
+        state["course"] = course.state
     return Saved(tensors, state)
 
 
 def _restore(context: Context) -> Tuning:
-    assert context.saved is not None  # noqa: S101
-    tensors, state = context.saved.tensors, context.saved.state
-
-    def under(prefix: str) -> dict[str, Tensor]:
-        return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-
+    saved = context.take_saved()
+    state = saved.state
     module = assemble(context.source, state["recipe"], context.device)
-    load_state(module, under("network."))
+    load_state(module, saved.under("network.").tensors)
     projections = []
     for problem, kept in zip(context.network.problems, state["projections"], strict=True):
         factors = tuple(
@@ -260,16 +297,17 @@ def _restore(context: Context) -> Tuning:
         projections.append(Projection(factors, kept["error"], kept["objective"], 0, kept["dense"]))
     context.resolved.update({**state["resolved"], "device": context.device.type})
     context.observer.resolved(context.resolved)
+    course = None if state["course"] is None else Saved(saved.under("course.").tensors, state["course"])
     return Tuning(
         state["recipe"],
         projections,
         state["norms"],
         state["step"],
-        state["rate"],
         module,
-        under("best."),
+        saved.under("best.").tensors,
         state["best_score"],
-        state["epoch"],
         state["best_epoch"],
-        under("momentum."),
+        state["epoch"],
+        state["rate"],
+        saved=course,
     )

@@ -8,25 +8,23 @@ network is trained (methods L.7 has the measurements behind each of these).
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from math import inf
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from service.contract.errors import ErrorCode, ProblemError
 from service.contract.events import EventKind
-from service.contract.plan import RankRow
 from service.contract.spec import LearningCompressionSpec
 from service.contract.states import Phase
-from worker.engine.assembly import load_state, state_of
+from worker.engine.assembly import state_of
+from worker.engine.course import Course
 from worker.engine.csteps.additive import Projection
 from worker.engine.forms.low_rank import Factors
 from worker.engine.methods.context import Context, Outcome, ProgressMeter
 from worker.engine.methods.factored import finish
 from worker.engine.methods.learning_rate import loss_limit, range_test, step_rate
-from worker.engine.observer import Saved
+from worker.engine.methods.loop import STAGE, Loop, LStep, restore_loop, save_loop, weights_of
 from worker.engine.rank_rows import changed, step_rows
 from worker.engine.selection.steering import (
     composed,
@@ -38,7 +36,6 @@ from worker.engine.selection.steering import (
 )
 from worker.engine.training import Penalty
 
-STAGE = "learning"
 LEARNING_STREAM = 0x1C  # stream of the order of samples
 PULL_FIRST = 0.35  # μ₁ · rate · updates of an L step / (1 − momentum): that of the published LeNet300 runs
 ADAPT_FROM = 1 / 3  # of the steps: λ is adapted towards the budget
@@ -46,27 +43,6 @@ HOLD_FROM = 4 / 5  # of the steps: ranks are held within the budget
 RETRIES_MAX = 3  # an L step that diverges is repeated at half the rate
 DIRECT_MU = 1.0  # one C step without training; only λ/μ matters
 SENSIBLE_ENERGY = 0.5  # under a given λ, μ₁ is at least where half of the spectrum's energy is worth its price
-
-
-@dataclass
-class Loop:
-    """State of the LC loop between two steps."""
-
-    module: torch.jit.ScriptModule
-    weights: list[Tensor]
-    multipliers: list[Tensor]
-    projections: list[Projection]
-    pressure: float
-    mu_first: float
-    rate: float
-    step: int = 0
-    rate_scale: float = 1.0
-    rows: list[RankRow] = field(default_factory=list)
-    loss_limit: float = inf
-
-    def factors(self) -> list[tuple[Factors, ...]]:
-        """Θ of each layer."""
-        return [made.factors for made in self.projections]
 
 
 class LearningCompression:
@@ -82,36 +58,37 @@ class LearningCompression:
         context.observer.phase(Phase.LEARNING)
         saved = context.saved
         stage = saved.state["stage"] if saved is not None else None
-        done = int(saved.state["done_epochs"]) if saved is not None else 0
-        meter = ProgressMeter(context.observer, epochs + tuning, method.mu.steps, done)
+        done = float(saved.state["done_epochs"]) if saved is not None else 0.0
         if stage not in {None, STAGE}:
-            return finish(context, None, meter, tuning)
-        loop = _restore(context) if stage == STAGE else _begin(context)
-        loop.loss_limit = loss_limit(context.trainer(loop.module))
+            return finish(
+                context, None, ProgressMeter(context.observer, epochs + tuning, method.mu.steps, done), tuning
+            )
+        loop = restore_loop(context) if stage == STAGE else _begin(context)
+        meter = ProgressMeter(context.observer, epochs + tuning, method.mu.steps, done)
         while loop.step < method.mu.steps:
             _step(context, loop, meter)
-            context.observer.checkpoint(_save(context, loop), loop.step)
+            context.checkpoint(partial(save_loop, context, loop))
         targets = _last_targets(context, loop)
         return finish(context, (loop.module, targets, loop.projections, loop.step), meter, tuning)
 
     def _direct(self, context: Context) -> Outcome:
         context.observer.phase(Phase.LEARNING)
         module = context.copy()
-        weights = _weights(context, module)
+        weights = weights_of(context, module)
         made = _steered(context, weights, _pressure_given(context, DIRECT_MU), None)[1]
         rows = step_rows(1, context.network.problems, _norms(weights), made)
         context.observer.ranks(rows)
         meter = ProgressMeter(context.observer, 1, 1)
         targets = [weight.detach() for weight in weights]
         outcome = finish(context, (module, targets, made, 1), meter, 0)
-        meter.advance(1, 1)
+        meter.reach(1, 1)
         return outcome
 
 
 def _begin(context: Context) -> Loop:
     """Start from the reference; Θ is its direct compression, or 0 in the literal mode."""
     module = context.copy()
-    weights = _weights(context, module)
+    weights = weights_of(context, module)
     mu_given = context.spec.method.mu.initial
     guess = 1.0 if mu_given == "auto" else mu_given
     pressure, made = _steered(context, weights, _pressure_given(context, guess), None)
@@ -130,18 +107,24 @@ def _begin(context: Context) -> Loop:
             for factors, w in zip(nothing_yet(context.network, weights), weights, strict=True)
         ]
     multipliers = [torch.zeros_like(weight) for weight in weights]
-    return Loop(module, weights, multipliers, made, pressure, mu_first, rate)
+    loop = Loop(module, weights, multipliers, made, pressure, mu_first, rate, loss_limit(context.trainer(module)))
+    tested = "auto" in {mu_given, context.spec.training.optimizer.lr}
+    context.checkpoint(partial(save_loop, context, loop), must=tested)  # a test is not made twice
+    return loop
 
 
 def _step(context: Context, loop: Loop, meter: ProgressMeter) -> None:
     """One L step, one C step, and the multipliers; `loop.pressure` is 2λ/μ of the step."""
     mu = _mu(context, loop, loop.step)
-    if loop.step > 0:  # λ stays, μ grew
-        loop.pressure *= _mu(context, loop, loop.step - 1) / mu
-    loss, penalty = _l_step(context, loop, mu, meter)
+    if loop.l_step is None:
+        if loop.step > 0:  # λ stays, μ grew
+            loop.pressure *= _mu(context, loop, loop.step - 1) / mu
+        loop.l_step = LStep(state_of(loop.module))
+    loss, penalty = _l_step(context, loop, loop.l_step, mu, meter)
     targets = [_target(loop, index, mu) for index in range(len(loop.weights))]
     loop.projections, pressure = _c_step(context, loop, targets)
     distance = _update_multipliers(context, loop, mu)
+    loop.l_step = None
     size = context.network.size(loop.projections)
     held = held_against(context.network, loop.weights, loop.projections)
     rows = step_rows(loop.step + 1, context.network.problems, _norms(loop.weights), held)
@@ -164,39 +147,47 @@ def _step(context: Context, loop: Loop, meter: ProgressMeter) -> None:
         },
     )
     loop.step += 1
-    meter.advance(loop.step, 0, loss=loss, cost=fraction)
+    context.position += 1
+    meter.reach(loop.step, loop.done_epochs(context), loss=loss, cost=fraction)
 
 
-def _l_step(context: Context, loop: Loop, mu: float, meter: ProgressMeter) -> tuple[float, float]:
+def _l_step(context: Context, loop: Loop, l_step: LStep, mu: float, meter: ProgressMeter) -> tuple[float, float]:
     """Train L(W) + (μ/2)‖W − Θ − β/μ‖²; a step that diverges is repeated from its start at half the rate."""
-    start = state_of(loop.module)
-    steps = context.spec.method.mu.steps
-    for _ in range(RETRIES_MAX + 1):
+    save, steps = partial(save_loop, context, loop), context.spec.method.mu.steps
+    while l_step.repeats <= RETRIES_MAX:
         penalty = _penalty(context, loop, mu)
-        trainer = context.trainer(loop.module)
-        optimizer = trainer.optimizer(step_rate(loop.rate * loop.rate_scale, loop.step, steps, mu))
-        loss, made = 0.0, 0
+        rate = step_rate(loop.rate * loop.rate_scale, loop.step, steps, mu)
+        course = l_step.take_up(Course.begin(context.trainer(loop.module), rate))
         try:
-            for epoch in range(context.spec.training.epochs_per_step):
-                place = (LEARNING_STREAM, loop.step, epoch)
-                loss = trainer.epoch(optimizer, place, penalty, loss_limit=loop.loss_limit)
-                made += 1
-                meter.advance(loop.step, 1, loss=loss)
+            while course.place.epochs < context.spec.training.epochs_per_step:
+                _epoch(context, loop, course, penalty, meter)
+                context.checkpoint(save)
         except ProblemError as error:
             if error.code != ErrorCode.DIVERGED:
                 raise
-            meter.advance(loop.step, -made)
-            load_state(loop.module, start)
+            l_step.start_over(loop.module)
             loop.rate_scale *= 0.5
+            meter.reach(loop.step, loop.done_epochs(context))
             message = f"step {loop.step + 1} diverged; it is repeated at half the learning rate"
             context.observer.event(EventKind.WARNING, {"code": "L_STEP_DIVERGED", "message": message})
             continue
-        return loss, penalty.value()
+        return course.place.loss, penalty.value()
     raise ProblemError(
         ErrorCode.DIVERGED,
         f"step {loop.step + 1} diverges even at a learning rate of {loop.rate * loop.rate_scale:.3g}; lower "
         "training.optimizer.lr, or leave it to the range test",
     )
+
+
+def _epoch(context: Context, loop: Loop, course: Course, penalty: Penalty, meter: ProgressMeter) -> None:
+    save = partial(save_loop, context, loop)
+
+    def after_update() -> None:
+        meter.pass_by(loop.step, loop.done_epochs(context))
+        context.after_update("l_step", course, save)
+
+    course.epoch((LEARNING_STREAM, loop.step), penalty, loss_limit=loop.loss_limit, after_update=after_update)
+    meter.reach(loop.step, loop.done_epochs(context), loss=course.place.loss)
 
 
 def _c_step(context: Context, loop: Loop, targets: Sequence[Tensor]) -> tuple[list[Projection], float]:
@@ -205,14 +196,21 @@ def _c_step(context: Context, loop: Loop, targets: Sequence[Tensor]) -> tuple[li
     Where ranks are held within the budget the alternation runs until it stalls, whatever the spec's number of sweeps.
     """
     method, network = context.spec.method, context.network
+
+    def after_layer(done: int, total: int) -> None:  # nothing of the loop has changed yet since its L step
+        if context.observer.pulse("c_step", done, total):
+            context.checkpoint(partial(save_loop, context, loop), must=True)
+
     sweeps = method.c_step.sweeps if method.c_step.sweeps != "auto" else None
     share = (loop.step + 1) / method.mu.steps
     if context.limit is not None and share > HOLD_FROM:
         start = max(loop.pressure, 1e-30)
-        loop.pressure, made = pressure_for(network, targets, context.limit, start=start, warm=loop.factors())
+        loop.pressure, made = pressure_for(
+            network, targets, context.limit, start=start, warm=loop.factors(), after_layer=after_layer
+        )
         return fill(network, targets, made, context.limit), loop.pressure
     pressure = loop.pressure
-    made = project_all(network, targets, pressure, loop.factors(), sweeps)
+    made = project_all(network, targets, pressure, loop.factors(), sweeps, after_layer)
     if context.limit is not None and share > ADAPT_FROM:
         loop.pressure *= (network.size(made) / context.limit) ** 0.5
     return made, pressure
@@ -279,18 +277,12 @@ def _projected_copy(context: Context, made: Sequence[Projection]) -> torch.jit.S
     """Make a copy of the reference with W = Θ: where there is a loss to win back, rates can be told apart."""
     module = context.copy()
     with torch.no_grad():
-        for problem, weight, projection in zip(context.network.problems, _weights(context, module), made, strict=True):
+        for problem, weight, projection in zip(
+            context.network.problems, weights_of(context, module), made, strict=True
+        ):
             if not projection.dense:
                 weight.copy_(composed(problem, projection.factors))
     return module
-
-
-def _weights(context: Context, module: torch.jit.ScriptModule) -> list[Tensor]:
-    parameters = dict(module.named_parameters())
-    found: list[Tensor] = [parameters[str(problem.layer.weight)] for problem in context.network.problems]
-    for weight in found:
-        weight.requires_grad_(True)
-    return found
 
 
 def _norms(weights: Sequence[Tensor]) -> list[float]:
@@ -327,60 +319,3 @@ def _pressure_given(context: Context, mu: float) -> float | None:
 def _literal(method: LearningCompressionSpec) -> bool:
     """Whether the spec asks for the slides' pseudocode: a fixed number of sweeps and no multipliers."""
     return method.c_step.sweeps != "auto" and not method.multipliers
-
-
-def _save(context: Context, loop: Loop) -> Saved:
-    tensors = {f"network.{name}": tensor for name, tensor in state_of(loop.module).items()}
-    for index, (multiplier, made) in enumerate(zip(loop.multipliers, loop.projections, strict=True)):
-        tensors[f"multiplier.{index}"] = multiplier.cpu()
-        for place, factors in enumerate(made.factors):
-            tensors[f"left.{index}.{place}"] = factors.left.cpu().contiguous()
-            tensors[f"right.{index}.{place}"] = factors.right.cpu().contiguous()
-    state: dict[str, Any] = {
-        "stage": STAGE,
-        "step": loop.step,
-        "done_epochs": loop.step * context.spec.training.epochs_per_step,
-        "pressure": loop.pressure,
-        "mu_first": loop.mu_first,
-        "rate": loop.rate,
-        "rate_scale": loop.rate_scale,
-        "projections": [
-            {"error": p.error, "objective": p.objective, "sweeps": p.sweeps, "dense": p.dense} for p in loop.projections
-        ],
-        "rows": [row.model_dump(mode="json") for row in loop.rows],
-    }
-    return Saved(tensors, state)
-
-
-def _restore(context: Context) -> Loop:
-    """Take up where a checkpoint stood."""
-    assert context.saved is not None  # noqa: S101
-    tensors, state = context.saved.tensors, context.saved.state
-    module = context.copy()
-    prefix = "network."
-    load_state(module, {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)})
-    projections, multipliers = [], []
-    for index, (problem, kept) in enumerate(zip(context.network.problems, state["projections"], strict=True)):
-        multipliers.append(tensors[f"multiplier.{index}"].to(context.device))
-        factors = tuple(
-            Factors(
-                tensors[f"left.{index}.{place}"].to(context.device),
-                tensors[f"right.{index}.{place}"].to(context.device),
-            )
-            for place in range(len(problem.choices))
-        )
-        projections.append(Projection(factors, kept["error"], kept["objective"], kept["sweeps"], kept["dense"]))
-    context.resolve("training.optimizer.lr", state["rate"])
-    context.resolve("method.mu.initial", state["mu_first"])
-    return Loop(
-        module,
-        _weights(context, module),
-        multipliers,
-        projections,
-        state["pressure"],
-        state["mu_first"],
-        state["rate"],
-        state["step"],
-        state["rate_scale"],
-        [RankRow.model_validate(row) for row in state["rows"]],
-    )

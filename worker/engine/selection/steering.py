@@ -1,6 +1,6 @@
 """Choosing ranks for all layers at once: by a pressure 2λ/μ, or so that a budget is met (methods L.2, L.7)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from heapq import heapify, heappop, heappush
 from math import sqrt
@@ -20,6 +20,7 @@ TRIES_MAX = 12
 LOWERINGS_MAX = 4  # once W has emptied its tails, lower pressures find nothing more
 PROHIBITIVE = 1e30
 POLISH_SWEEPS = 3
+AfterLayer = Callable[[int, int], None]  # told of every layer that is projected: which one, of how many
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ def project_all(
     pressure: float,
     warm: Sequence[Sequence[Factors]] | None,
     sweeps: int | None,
+    after_layer: AfterLayer | None = None,
 ) -> list[Projection]:
     """Make the C step of every layer.
 
@@ -79,10 +81,13 @@ def project_all(
     sweeps : int, optional
         Fixed number of sweeps: the literal C step of the slides. Dense is no candidate in it, a rank may pass
         break-even and a layer may fall to rank 0; what the final network needs is seen to when the loop is over.
+    after_layer : callable, optional
+        Told of every layer that is projected.
     """
     literal = sweeps is not None
-    return [
-        project(
+    made: list[Projection] = []
+    for index, (problem, weight) in enumerate(zip(network.problems, weights, strict=True)):
+        projection = project(
             weight,
             [choice.past_break_even() for choice in problem.choices] if literal else problem.choices,
             pressure,
@@ -91,8 +96,10 @@ def project_all(
             rank_total_low=0 if literal else problem.rank_total_low,
             dense_cost=None if literal or problem.fixed else problem.dense_price,
         )
-        for index, (problem, weight) in enumerate(zip(network.problems, weights, strict=True))
-    ]
+        made.append(projection)
+        if after_layer is not None:
+            after_layer(index + 1, len(weights))
+    return made
 
 
 def pressure_for(
@@ -102,6 +109,7 @@ def pressure_for(
     *,
     start: float | None = None,
     warm: Sequence[Sequence[Factors]] | None = None,
+    after_layer: AfterLayer | None = None,
 ) -> tuple[float, list[Projection]]:
     """Find a pressure whose ranks meet the limit and use nearly all of it.
 
@@ -120,6 +128,8 @@ def pressure_for(
         A pressure to start from; without it, that of the single best terms.
     warm : sequence, optional
         Θ of the step before.
+    after_layer : callable, optional
+        Told of every layer that is projected, at every pressure that is tried.
     """
     if start is None:
         start = estimate_pressure(curves_of(network.problems, weights), network.rest, limit)
@@ -127,7 +137,7 @@ def pressure_for(
     feasible: tuple[float, list[Projection]] | None = None
     infeasible: float | None = None
     for tries in range(TRIES_MAX):
-        made = project_all(network, weights, pressure, warm, None)
+        made = project_all(network, weights, pressure, warm, None, after_layer)
         size = network.size(made)
         if size <= limit:
             if feasible is None or size >= network.size(feasible[1]):
