@@ -52,7 +52,12 @@ class Database:
         """
         with self._session(self._writer) as session:
             yield session
-            session.commit()
+            try:
+                session.commit()
+            except BaseException:
+                # SQLAlchemy takes it for ended, but a refused COMMIT leaves it open: on SQLite with its lock.
+                session.invalidate()
+                raise
 
     @contextmanager
     def read(self) -> Iterator[Session]:
