@@ -76,15 +76,16 @@ def document() -> dict[str, Any]:
 
 def _with_routes(app: FastAPI) -> FastAPI:
     problems.install(app, unavailable=(OperationalError, InterfaceError, PoolTimeoutError))
+    protected = [Depends(require_key)]
+    # They are tried in this order, and jobs are asked for most.
+    for module in (jobs, models, datasets, artifacts, workers, capabilities):
+        app.include_router(module.router, prefix=PREFIX, dependencies=protected, responses=problems.RESPONSES)
+    # Every route of jobs answers without the version too.
+    app.include_router(jobs.router, dependencies=protected, include_in_schema=False)
     app.include_router(health.router, prefix=PREFIX)
     app.include_router(metrics.router, prefix=PREFIX)
     app.include_router(metrics.router, include_in_schema=False)
     app.include_router(docs.router)
-    protected = [Depends(require_key)]
-    for module in (models, datasets, jobs, artifacts, workers, capabilities):
-        app.include_router(module.router, prefix=PREFIX, dependencies=protected, responses=problems.RESPONSES)
-    # Every route of jobs answers without the version too.
-    app.include_router(jobs.router, dependencies=protected, include_in_schema=False)
     docs.mount_static_files(app)
     return app
 

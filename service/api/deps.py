@@ -48,7 +48,13 @@ async def require_key(
     return owner
 
 
-OwnerDep = Annotated[str, Depends(require_key)]
+async def get_owner(request: Request) -> str:
+    """The owner that `require_key`, which stands before every route, has found."""
+    owner: str = request.state.owner
+    return owner
+
+
+OwnerDep = Annotated[str, Depends(get_owner)]
 
 
 def _existing_id(prefix: str, what: str) -> Callable[[str], Awaitable[str]]:

@@ -51,10 +51,11 @@ def list_jobs(
     return read.list_jobs(services, owner, states=state or (), model_id=model_id, name=name, cursor=cursor, limit=size)
 
 
-@router.get("/{id}")
-def read_job(services: ServicesDep, owner: OwnerDep, job_id: JobId) -> JobResource:
+@router.get("/{id}", response_model=JobResource)
+def read_job(services: ServicesDep, owner: OwnerDep, job_id: JobId) -> Response:
     """One job as it stands now."""
-    return read.read_job(services, owner, job_id)
+    # Written here, in this thread: FastAPI would take a second one to check what is known to be a JobResource.
+    return Response(read.read_job(services, owner, job_id).model_dump_json(), media_type="application/json")
 
 
 @router.post("/{id}/cancel", status_code=202)

@@ -45,8 +45,10 @@ def checked_cursor(cursor: str | None, prefix: str) -> str | None:
 def read_job(services: Services, owner: str, job_id: str) -> JobResource:
     """The job as it stands now."""
     with services.database.read() as session:
-        row = existing_job(session, owner, job_id)
-        return jobs.job_resource(row, jobs.queue_position(session, row))
+        found = jobs.read_job(session, job_id, owner)
+    if found is None:
+        raise not_found("job", job_id)
+    return found
 
 
 def list_jobs(

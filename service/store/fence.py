@@ -1,6 +1,6 @@
 """The fence: what an attempt writes counts only while the job row still carries its epoch."""
 
-from sqlalchemy import ColumnElement, and_, select
+from sqlalchemy import ColumnElement, and_, literal_column, select
 from sqlalchemy.orm import Session
 
 from service.contract.states import JobState
@@ -10,6 +10,11 @@ from service.store.tables import Job
 def leased(job_id: str, epoch: int) -> ColumnElement[bool]:
     """The condition that this attempt is the job's live one."""
     return and_(Job.id == job_id, Job.lease_epoch == epoch, Job.state == JobState.RUNNING)
+
+
+def waiting(jobs: type[Job] = Job) -> ColumnElement[bool]:
+    """The condition that a job is queued, spelt out: the partial index of the queue serves no parameter."""
+    return jobs.state == literal_column(f"'{JobState.QUEUED}'")
 
 
 def hold_lease(session: Session, job_id: str, epoch: int) -> bool:
