@@ -40,8 +40,8 @@ FROM base AS api
 COPY --from=build-api /opt/rankpress /opt/rankpress
 USER rankpress
 EXPOSE 8080
-HEALTHCHECK --interval=10s --timeout=5s --start-period=30s \
-    CMD ["python", "-c", "import urllib.request as r; r.urlopen('http://127.0.0.1:8080/v1/health/ready', timeout=4)"]
+HEALTHCHECK --interval=15s --timeout=8s --start-period=30s \
+    CMD ["python", "-c", "import urllib.request as r; r.urlopen('http://127.0.0.1:8080/v1/health/ready', timeout=6)"]
 CMD ["rankpress", "serve", "--data", "/data", "--host", "0.0.0.0", "--port", "8080"]
 
 FROM base AS worker
@@ -59,6 +59,6 @@ ENV NVIDIA_DRIVER_CAPABILITIES=compute,utility
 USER rankpress
 VOLUME /data
 EXPOSE 8080
-HEALTHCHECK --interval=10s --timeout=5s --start-period=30s \
-    CMD ["python", "-c", "import urllib.request as r; r.urlopen('http://127.0.0.1:8080/v1/health/ready', timeout=4)"]
+HEALTHCHECK --interval=15s --timeout=8s --start-period=30s \
+    CMD ["python", "-c", "import urllib.request as r; r.urlopen('http://127.0.0.1:8080/v1/health/ready', timeout=6)"]
 CMD ["rankpress", "serve", "--data", "/data", "--host", "0.0.0.0", "--port", "8080"]

@@ -17,6 +17,7 @@ from packaging.requirements import Requirement
 from service.cli.command import cli
 from service.cli.serve import SHUTDOWN_SECONDS
 from service.cli.worker import STUCK_SECONDS
+from service.jobs.looks import LOOK_SECONDS
 from service.settings import Settings
 
 ROOT = Path(__file__).parents[2]
@@ -249,6 +250,12 @@ def test_the_health_checks_ask_a_route_that_exists(services: dict[str, dict[str,
     asked = re.findall(r"http://127\.0\.0\.1:8080(/\S+?)'", stages["api"] + stages["embedded"])
     asked += re.findall(r"http://127\.0\.0\.1:8080(/\S+?)'", services["api"]["healthcheck"]["test"][-1])
     assert len(asked) == 3
+    # The route takes as long as its slowest part, up to a bound.
+    for text in (stages["api"], stages["embedded"], str(services["api"]["healthcheck"])):
+        within = re.search(r"timeout=(\d+)\)", text)
+        assert within is not None
+        assert int(within[1]) > LOOK_SECONDS
+    assert seconds(services["api"]["healthcheck"]["timeout"]) > LOOK_SECONDS
     assert set(asked) <= set(document()["paths"])
 
 
