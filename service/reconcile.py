@@ -135,16 +135,18 @@ class Reconciler:
 
     def waiting_jobs(self) -> int:
         """Ring again when jobs could be claimed and no bell waits."""
-        return sum(self._ring_again(queue) for queue in QUEUES)
-
-    def _ring_again(self, queue: str) -> int:
-        with self.database.read() as session:
-            waiting = count_claimable(session, queue)
-            idle = idle_slots(session, queue)
-        if waiting == 0 or self.bell.queue_depth(queue) != 0:
-            return 0
-        bells = min(waiting, max(1, idle))
-        return bells if self.bell.ring(queue, bells) else 0
+        rung = 0
+        for queue in QUEUES:
+            with self.database.read() as session:
+                waiting = count_claimable(session, queue)
+                idle = idle_slots(session, queue)
+            depth = self.bell.queue_depth(queue) if waiting else None
+            if depth == 0:
+                bells = min(waiting, max(1, idle))
+                rung += bells if self.bell.ring(queue, bells) else 0
+            elif waiting and depth is None:
+                break  # one that hangs takes seconds to say nothing: the next sweep asks again
+        return rung
 
     def old_jobs(self) -> int:
         """Delete jobs that ended long ago, with their history, checkpoints and artifacts."""
