@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 import threading
+import warnings
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -53,8 +54,9 @@ def worker(queues: tuple[str, ...], slots: int | None, data_dir: Path | None) ->
         _require_blobs(settings)
         hosted = create_worker(settings)
         _require_gpus(hosted)
-        _speak(hosted, settings)
-        return run_worker(hosted, settings)
+        asked_to_stop = _speak(hosted, settings)
+        code = run_worker(hosted, settings)
+        return ExitCode.DONE if asked_to_stop.is_set() else code  # Celery takes Ctrl-C for a failure
 
 
 def _require_many_machines(settings: "Settings") -> None:
@@ -99,14 +101,21 @@ def _require_blobs(settings: "Settings") -> None:
         ) from error
 
 
-def _speak(hosted: "HostedWorker", settings: "Settings") -> None:
-    """Say when the worker is ready and that it stops; from then on a second signal forces, and so does time."""
+def _speak(hosted: "HostedWorker", settings: "Settings") -> threading.Event:
+    """Say when the worker is ready and that it stops; from then on a second signal forces, and so does time.
+
+    Returns what is set once it was asked to stop.
+    """
     from celery import signals
+
+    asked_to_stop = threading.Event()
 
     def leave_logs_alone(**_: Any) -> None:
         pass
 
     def ready(**_: Any) -> None:
+        # Said at each loss of the broker, of a setting that is set on purpose; Celery has made its own filters by now.
+        warnings.filterwarnings("ignore", message=r"\s*In Celery 5\.1 we introduced")
         slots = hosted.slots
         gpus = ", ".join(f"{gpu.name or 'GPU'} {gpu.uuid}" for gpu in slots.gpus)
         click.echo(
@@ -117,6 +126,7 @@ def _speak(hosted: "HostedWorker", settings: "Settings") -> None:
         sys.stdout.flush()
 
     def stopping(**_: Any) -> None:
+        asked_to_stop.set()
         grace = settings.drain_grace_seconds
         click.echo(
             f"stopping; running jobs go back to the queue within {grace:g} seconds, a second signal ends at once"
@@ -131,6 +141,7 @@ def _speak(hosted: "HostedWorker", settings: "Settings") -> None:
     signals.setup_logging.connect(leave_logs_alone, weak=False)  # a receiver keeps Celery from setting up its own
     signals.worker_ready.connect(ready, weak=False)
     signals.worker_shutting_down.connect(stopping, weak=False)
+    return asked_to_stop
 
 
 def _end_at_once(_number: int | None = None, _frame: FrameType | None = None) -> None:

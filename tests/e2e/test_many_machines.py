@@ -27,6 +27,7 @@ LONG_SPEC = {
     "training": {"epochs_per_step": 20},
 }
 NOT_ON_AN_API_MACHINE = ("torch", "worker", "numpy", "pynvml")
+NOT_IN_A_SUPERVISOR = ("torch", "fastapi", "uvicorn", "prometheus_client")
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +71,8 @@ def clients(fleet: Fleet, key: str) -> Iterator[list[Client]]:
 
 
 def start_worker(fleet: Fleet, *arguments: str, **changes: str) -> Running:
-    return fleet.start("worker", "--queue", "cpu", *arguments, says=r"worker (wrk_\w+) is ready", **changes)
+    says, without = r"worker (wrk_\w+) is ready", NOT_IN_A_SUPERVISOR
+    return fleet.start("worker", "--queue", "cpu", *arguments, says=says, without=without, **changes)
 
 
 def submit(client: Client, model: Path, data: Path) -> JobResource:
@@ -89,8 +91,10 @@ def job_row(fleet: Fleet, job_id: str) -> tuple[Job, list[Attempt]]:
 def wait_for_child(worker: Running) -> psutil.Process:
     deadline = time.monotonic() + 30
     while time.monotonic() < deadline:
-        if children := psutil.Process(worker.process.pid).children():
-            return children[0]
+        for child in psutil.Process(worker.process.pid).children():
+            status = Path(f"/proc/{child.pid}/status").read_text()
+            if "NoNewPrivs:\t1" in status:  # it has bound itself to its supervisor
+                return child
         time.sleep(0.05)
     pytest.fail(f"no child was started:\n{worker.err.read_text()}")
 
@@ -172,7 +176,6 @@ def test_a_worker_ends_although_the_broker_is_away(fleet: Fleet) -> None:
     [
         ((), {"RANKPRESS_BROKER_URL": "memory://", "RANKPRESS_DATABASE_URL": ""}, "RANKPRESS_BROKER_URL", 2),
         (("--queue", "gpu"), {"CUDA_VISIBLE_DEVICES": ""}, "expected a GPU for the queue gpu", 2),
-        (("--queue", "gpu"), {"CUDA_VISIBLE_DEVICES": "GPU-not-there"}, "the driver does not know GPU-not-there", 2),
         ((), {"RANKPRESS_DATABASE_URL": "postgresql://127.0.0.1:9/nothing"}, "to answer; it does not", 5),
         ((), {"RANKPRESS_BLOB_URL": "file:///proc/blobs"}, "look at it with `rankpress doctor`", 5),
     ],
@@ -207,8 +210,7 @@ def test_keys_come_and_go(fleet: Fleet, key: str, clients: list[Client]) -> None
     assert second not in json.dumps(listed)
     with Client(clients[0].base_url, second) as builds:
         assert not list(builds.jobs())
-    assert fleet.run("keys", "revoke", second).returncode == 0
-    assert fleet.run("keys", "revoke", "ci").returncode == 2
+    assert fleet.run("keys", "revoke", second).returncode == 0  # by what leaked, when its name is not known
     shown = fleet.run("keys", "list").stdout
-    assert "ci" in shown
-    assert "operator" in shown
+    assert re.search(r"^operator .* –$", shown, re.MULTILINE)
+    assert re.search(r"^ci .* 20\S+$", shown, re.MULTILINE)
