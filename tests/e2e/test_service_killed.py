@@ -75,8 +75,17 @@ def steps_of(client: Client, job_id: str) -> list[int]:
     return [event.data["step"] for event in client.events(job_id) if event.kind == "step"]
 
 
+@pytest.fixture(scope="module")
+def undisturbed(service: Service, model_file: Path, data_file: Path) -> str:
+    """A job that nothing happened to."""
+    with client_of(service) as client:
+        job = client.submit(MANY_STEPS, model=model_file, data=data_file)
+        assert client.wait(job.id, timeout_seconds=WAIT_SECONDS).state is JobState.SUCCEEDED
+        return job.id
+
+
 def test_a_killed_job_goes_on_and_yields_the_same_artifact(
-    service: Service, model_file: Path, data_file: Path, capsys: pytest.CaptureFixture[str]
+    service: Service, model_file: Path, data_file: Path, undisturbed: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with client_of(service) as client:
         job = client.submit(MANY_STEPS, model=model_file, data=data_file, name="survivor")
@@ -97,7 +106,6 @@ def test_a_killed_job_goes_on_and_yields_the_same_artifact(
     with client_of(service) as client:
         wait_until(client, job.id, lambda now: now.state is JobState.RUNNING and bool(children_of(service)))
         requeued_seconds = time.monotonic() - restarted_at
-        undisturbed = client.submit(MANY_STEPS, model=model_file, data=data_file)
         ended = client.wait(job.id, timeout_seconds=WAIT_SECONDS)
         assert ended.state is JobState.SUCCEEDED, ended.problem
         assert ended.name == "survivor"
@@ -107,11 +115,30 @@ def test_a_killed_job_goes_on_and_yields_the_same_artifact(
         steps = steps_of(client, job.id)
         assert sorted(set(steps)) == list(range(1, STEPS + 1))
         assert len(steps) <= STEPS + 2, "it went on from a checkpoint, not from the start"
-        assert client.wait(undisturbed.id, timeout_seconds=WAIT_SECONDS).state is JobState.SUCCEEDED
-        assert artifact_of(client, job.id) == artifact_of(client, undisturbed.id)
+        assert artifact_of(client, job.id) == artifact_of(client, undisturbed)
     with capsys.disabled():
         print(f"\ntaken up {requeued_seconds:.1f} s after the start, {len(steps) - STEPS} steps repeated")
     assert requeued_seconds < REQUEUE_SECONDS
+
+
+def test_a_retry_goes_on_from_the_checkpoint_and_yields_the_same_artifact(
+    service: Service, model_file: Path, data_file: Path, undisturbed: str
+) -> None:
+    with client_of(service) as client:
+        first = client.submit(MANY_STEPS, model=model_file, data=data_file, name="again")
+        wait_until(client, first.id, lambda _: len(steps_of(client, first.id)) >= STEPS // 3)
+        client.cancel(first.id)
+        assert client.wait(first.id, timeout_seconds=CANCEL_SECONDS).state is JobState.CANCELED
+        job = client.retry(first.id)
+        assert (job.retry_of, job.name) == (first.id, "again")
+        ended = client.wait(job.id, timeout_seconds=WAIT_SECONDS)
+        assert ended.state is JobState.SUCCEEDED, ended.problem
+        steps = steps_of(client, job.id)
+        assert steps[0] > 1, "it went on from a checkpoint, not from the start"
+        assert steps[-1] == STEPS
+        histories = [client.layers(one, history=True).history for one in (job.id, undisturbed)]
+        assert histories[0] == histories[1]
+        assert artifact_of(client, job.id) == artifact_of(client, undisturbed)
 
 
 @pytest.fixture(scope="module")
