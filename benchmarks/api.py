@@ -31,6 +31,7 @@ ROUNDS, ROUNDS_QUICK = 7, 1
 SECONDS, SECONDS_QUICK = 1.0, 0.1
 STATES = ("running", "queued")
 SERVERS = ("bare", "ours")
+NO_BROKER = "redis://127.0.0.1:1/0"  # reading jobs asks no broker
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -41,12 +42,13 @@ def main(arguments: list[str] | None = None) -> int:
     rounds = given.rounds or (ROUNDS_QUICK if given.quick else ROUNDS)
     seconds = SECONDS_QUICK if given.quick else SECONDS
     waiting = WAITING_QUICK if given.quick else WAITING
+    kinds = ("sqlite",) if given.quick else KINDS
     samples: list[Sample] = []
     limits: list[Limit] = []
-    with tempfile.TemporaryDirectory(prefix="rankpress-api-") as name, databases(Path(name)) as stores:
-        for kind in KINDS:
-            key, jobs = prepare(stores[kind], waiting)
-            rates = compare(Path(name) / kind, stores[kind].url, key, jobs, rounds=rounds, seconds=seconds)
+    with tempfile.TemporaryDirectory(prefix="rankpress-api-") as name, databases(Path(name), kinds, "main") as stores:
+        for kind in kinds:
+            key, jobs = prepare(stores[kind, "main"], waiting)
+            rates = compare(Path(name) / kind, stores[kind, "main"].url, key, jobs, rounds=rounds, seconds=seconds)
             for state in STATES:
                 both = {server: Sample(f"{kind}, {state}: {server}", rates[server, state], "1/s") for server in SERVERS}
                 samples += both.values()
@@ -86,10 +88,10 @@ def compare(
 
 
 @contextmanager
-def served(server: str, url: str, data_dir: Path) -> Iterator[int]:
+def served(server: str, url: str, data_dir: Path, broker_url: str = NO_BROKER) -> Iterator[int]:
     """A server in a process of its own; gives its port."""
     data_dir.mkdir(parents=True)
-    command = [sys.executable, "-m", "benchmarks.api_servers", server, url, str(data_dir)]
+    command = [sys.executable, "-m", "benchmarks.api_servers", server, url, str(data_dir), broker_url]
     log_path = data_dir / "log"
     with log_path.open("wb") as log:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, cwd=Path(__file__).parent.parent)

@@ -1,6 +1,6 @@
 """The two servers that `benchmarks.api` compares, each one uvicorn process: `ours` and `bare`.
 
-`python -m benchmarks.api_servers ours|bare DATABASE_URL DATA_DIR` prints its port and serves until it is stopped.
+`python -m benchmarks.api_servers ours|bare DATABASE_URL DATA_DIR BROKER_URL` prints its port and serves.
 """
 
 import socket
@@ -14,19 +14,19 @@ from fastapi import FastAPI, HTTPException
 OWNER = "default"
 
 
-def ours(url: str, data_dir: Path) -> FastAPI:
+def ours(url: str, data_dir: Path, broker_url: str) -> FastAPI:
     """The service's API as `rankpress serve` runs it on several machines, with its log lines."""
     from service.app import create_app
     from service.cli.logs import set_up_logs
     from service.services import build_services
     from service.settings import Settings
 
-    settings = Settings(data_dir=data_dir, database_url=url, broker_url="redis://127.0.0.1:1/0")
+    settings = Settings(data_dir=data_dir, database_url=url, broker_url=broker_url)
     set_up_logs(settings.log_level, settings.log_format)
     return create_app(build_services(settings))
 
 
-def bare(url: str, _data_dir: Path) -> FastAPI:
+def bare(url: str, _data_dir: Path, _broker_url: str) -> FastAPI:
     """A route that does the same SELECT through SQLAlchemy and nothing else."""
     from sqlalchemy import create_engine, select
     from sqlalchemy.orm import Session
@@ -47,9 +47,9 @@ def bare(url: str, _data_dir: Path) -> FastAPI:
     return app
 
 
-def main(which: str, url: str, data_dir: str) -> None:
+def main(which: str, url: str, data_dir: str, broker_url: str) -> None:
     """Serve on a free port."""
-    app = {"ours": ours, "bare": bare}[which](url, Path(data_dir))
+    app = {"ours": ours, "bare": bare}[which](url, Path(data_dir), broker_url)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # as `rankpress serve` does
         print(listener.getsockname()[1], flush=True)
