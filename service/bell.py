@@ -97,7 +97,15 @@ class Bell:
             if self._ringing:
                 return
             self._ringing = True
-        threading.Thread(target=self._ring_asked, name="bell", daemon=True).start()
+        try:
+            threading.Thread(target=self._ring_asked, name="bell", daemon=True).start()
+        except (
+            RuntimeError
+        ) as error:  # no more threads, or the process is about to end: the job is accepted all the same
+            with self._counting:
+                self._ringing = False
+                self.failures += 1
+            log.warning("bell_failed", queue=queue, error=repr(error))
 
     def _ring_asked(self) -> None:
         """Ring what was asked for; what comes meanwhile is rung together. What fails is left to the reconciler."""

@@ -113,6 +113,8 @@ def find_report(services: Services, owner: str, job_id: str) -> StoredFile:
         for row in artifacts.list_artifacts(session, job_id):
             if row.format == REPORT_FORMAT:
                 return _stored(row)
+    if job.state == JobState.SUCCEEDED:
+        raise ProblemError(ErrorCode.NOT_FOUND, f"the report of job {job_id} was deleted")
     raise ProblemError(
         ErrorCode.NOT_FOUND, f"job {job_id} has no report: it is {job.state}, and a report is made when a job succeeds"
     )

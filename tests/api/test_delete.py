@@ -2,7 +2,8 @@
 
 import pytest
 
-from service.store.attempts import finish_canceled
+from service.contract.resources import ResultSummary
+from service.store.attempts import finish_canceled, finish_succeeded
 from service.store.tables import Artifact
 from tests.api import archives
 from tests.api.conftest import SPEC, Api, assert_problem
@@ -83,3 +84,15 @@ def test_deleting_needs_the_key(api: Api) -> None:
 def end_running(api: Api, job_id: str) -> None:
     with api.services.database.write() as session:
         assert finish_canceled(session, job_id, 1)
+
+
+def test_a_report_that_was_deleted_is_said_to_be(api: Api) -> None:
+    report_id = api.artifact(b"{}", name="report.json", format="report")
+    job_id = api.jobs()[0]["id"]
+    result = ResultSummary(params_fraction=0.4, macs_fraction=0.3, file_bytes_fraction=0.5)
+    with api.services.database.write() as session:
+        assert finish_succeeded(session, job_id, 1, result)
+    assert api.client.get(f"/v1/jobs/{job_id}/report").status_code == 200
+    api.client.delete(f"/v1/artifacts/{report_id}")
+    problem = assert_problem(api.client.get(f"/v1/jobs/{job_id}/report"), 404, "NOT_FOUND")
+    assert problem["detail"] == f"the report of job {job_id} was deleted"

@@ -1,8 +1,9 @@
+import threading
 import time
 
 import pytest
 
-from service.bell import RUN_NEXT, Bell, broker_queue, celery_configuration, make_celery
+from service.bell import RINGS_AT_ONCE, RUN_NEXT, Bell, broker_queue, celery_configuration, make_celery
 from service.settings import Settings
 
 
@@ -56,3 +57,48 @@ def test_celery_is_told_to_keep_no_promise(tmp_path):
         assert found["task_ignore_result"] is True
         assert found["accept_content"] == ["json"]
         assert not {"result_backend", "task_time_limit", "task_soft_time_limit"} & set(found)
+
+
+def test_ringing_aside_returns_at_once_and_rings(bell):
+    bell, queue = bell
+    for _ in range(5):
+        bell.ring_soon(queue)
+    until = time.monotonic() + 5
+    while bell.queue_depth(queue) != 5 and time.monotonic() < until:
+        time.sleep(0.01)
+    assert bell.queue_depth(queue) == 5
+
+
+def test_what_is_asked_for_while_a_broker_hangs_is_rung_together(tmp_path, monkeypatch):
+    bell = Bell(make_celery(Settings(data_dir=tmp_path)))
+    rung, hangs = [], threading.Event()
+
+    def ring(queue, count=1):
+        rung.append((queue, count))
+        hangs.wait(5)
+
+    monkeypatch.setattr(bell, "ring", ring)
+    began = time.monotonic()
+    for _ in range(3000):
+        bell.ring_soon("a")
+    assert time.monotonic() - began < 1
+    hangs.set()
+    while bell._ringing:
+        time.sleep(0.01)
+    assert [queue for queue, _ in rung] == ["a", "a"]
+    assert rung[1] == ("a", RINGS_AT_ONCE)
+
+
+def test_a_process_without_threads_to_spare_accepts_jobs_all_the_same(tmp_path, monkeypatch):
+    def start(_):
+        raise RuntimeError("can't start new thread")
+
+    bell = Bell(make_celery(Settings(data_dir=tmp_path)))
+    monkeypatch.setattr(threading.Thread, "start", start)
+    bell.ring_soon("a")
+    monkeypatch.undo()
+    bell.ring_soon("a")
+    until = time.monotonic() + 5
+    while bell.queue_depth("a") != 2 and time.monotonic() < until:
+        time.sleep(0.01)
+    assert bell.queue_depth("a") == 2
