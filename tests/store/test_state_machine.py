@@ -10,7 +10,7 @@ from sqlalchemy import select, update
 from submissions import claim_job, empty, submit_job
 
 from service.bell import Bell, broker_queue, make_celery
-from service.blobs.store import BlobStore
+from service.blobs.store import BlobStore, checkpoint_key
 from service.contract.errors import ErrorCode, ProblemError
 from service.contract.resources import ResultSummary
 from service.contract.states import TERMINAL_STATES, AttemptOutcome, JobState
@@ -138,7 +138,13 @@ class StoreMachine(RuleBasedStateMachine):
         live = self.live(claimed)
         with self.database.write() as session:
             dropped = insert_checkpoint(
-                session, claimed.job_id, claimed.epoch, position=step, blob_key="k", sha256="0" * 64, bytes=1
+                session,
+                claimed.job_id,
+                claimed.epoch,
+                position=step,
+                blob_key=checkpoint_key(claimed.job_id, claimed.epoch, step),
+                sha256="0" * 64,
+                bytes=1,
             )
         assert (dropped is not None) == live
 
