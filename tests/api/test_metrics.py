@@ -1,5 +1,6 @@
 """`/metrics`: what Prometheus reads, with the database and without it."""
 
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from starlette.testclient import TestClient
 from service.app import create_app
 from service.contract.errors import ErrorCode, ProblemError
 from service.contract.ids import WORKER, new_id
+from service.jobs.looks import Look
 from service.store.attempts import finish_failed
 from service.store.workers import register_worker
 from tests.api.conftest import HEADERS, Api, MakeServices
@@ -123,6 +125,24 @@ def test_without_the_database_the_process_is_still_scraped(api: Api, monkeypatch
     assert ("rankpress_jobs_submitted_total",) not in found
     monkeypatch.undo()
     assert scrape(api.client)["rankpress_database_up",] == 1
+
+
+def test_a_database_that_hangs_is_not_waited_for(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    answered = threading.Event()
+
+    @contextmanager
+    def hang() -> Iterator[Never]:
+        answered.wait(20)
+        raise OperationalError("SELECT 1", {}, Exception("connection reset"))
+        yield
+
+    monkeypatch.setattr(Look.answer, "__defaults__", (0.2,))
+    monkeypatch.setattr(api.services.database, "read", hang)
+    for _ in range(3):
+        began = time.monotonic()
+        assert scrape(api.client)["rankpress_database_up",] == 0
+        assert time.monotonic() - began < 2
+    answered.set()
 
 
 def test_bells_that_failed(make_services: MakeServices) -> None:
