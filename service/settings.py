@@ -61,7 +61,7 @@ class Settings(BaseSettings):
     port: int = Field(default=8080, ge=0, le=65535)
     """Port that `rankpress serve` listens on; 0 takes a free one."""
     api_key: SecretStr | None = None
-    """The key that requests carry, at least 16 characters; without it one is made and kept in the data directory."""
+    """A key that always works, at least 16 characters; an embedded service without it makes one in its data folder."""
     owner: str = "default"
     """Whom the configured key belongs to."""
 
