@@ -1,17 +1,22 @@
 """`rankpress doctor` against real servers; every failure that it names is brought about."""
 
+import contextlib
 import ctypes
+import io
 import json
+import os
 import shutil
 import socket
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from fleet import PROGRAM, Fleet
 
+from service.cli.command import run
 from service.store.migration import migrate, migrate_down
 from service.store.session import Database
 
@@ -28,12 +33,17 @@ def fleet(tmp_path_factory: pytest.TempPathFactory, postgres_url: str, valkey_ur
 
 
 def examine(fleet: Fleet, *arguments: str, **changes: str) -> tuple[int, dict[str, dict[str, str]]]:
-    """Exit code, and the findings by name; nothing of a doctor's needs PyTorch."""
-    done = fleet.run("doctor", "--json", *arguments, without=("torch",), **{**NO_GPU, **changes})
-    assert done.stdout, done.stderr
-    document = json.loads(done.stdout)
-    assert document["ok"] == (done.returncode == 0)
-    return done.returncode, {check["name"]: check for check in document["checks"]}
+    """Exit code, and the findings by name; in this process, for the servers are what is real here."""
+    environment = fleet.environment | NO_GPU | changes
+    with mock.patch.dict(os.environ, environment, clear=True), contextlib.redirect_stdout(io.StringIO()) as out:
+        code = run(["doctor", "--json", *arguments])
+    return code, findings_of(code, out.getvalue())
+
+
+def findings_of(code: int, out: str) -> dict[str, dict[str, str]]:
+    document = json.loads(out)
+    assert document["ok"] == (code == 0)
+    return {check["name"]: check for check in document["checks"]}
 
 
 def only_failure(findings: dict[str, dict[str, str]]) -> dict[str, str]:
@@ -43,8 +53,10 @@ def only_failure(findings: dict[str, dict[str, str]]) -> dict[str, str]:
 
 
 def test_all_well(fleet: Fleet) -> None:
-    code, findings = examine(fleet, RANKPRESS_API_KEY="a-key-of-sixteen-characters")
-    assert code == 0
+    changes = {"RANKPRESS_API_KEY": "a-key-of-sixteen-characters", **NO_GPU}
+    done = fleet.run("doctor", "--json", without=("torch",), **changes)
+    assert done.returncode == 0, done.stderr
+    findings = findings_of(done.returncode, done.stdout)
     statuses = {name: check["status"] for name, check in findings.items()}
     assert statuses.pop("workers") == "warning"  # none was started
     assert set(statuses.values()) == {"ok"}
