@@ -80,6 +80,8 @@ class Transport:
                     raise self.unavailable(error) from error
                 time.sleep(self.retries.pause_seconds(attempt))
                 continue
+            if attempt and method == "DELETE" and response.status_code == 404:
+                return response  # the attempt before, whose answer was lost, has done it
             if last or not _worth_another_try(response):
                 return self.checked(response)
             time.sleep(self.retries.pause_seconds(attempt, response))

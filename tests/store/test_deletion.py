@@ -303,3 +303,12 @@ def job_of(model_id):
         max_attempts=3,
         run_seconds_limit=60,
     )
+
+
+def test_the_same_content_of_two_owners_is_deleted_with_the_second(services, upload):
+    mine, theirs = upload(b"shared"), upload(b"shared", owner="other")
+    assert mine.blob_key == theirs.blob_key
+    for owner, model, stays in ((OWNER, mine, True), ("other", theirs, False)):
+        age(services, model.blob_key)
+        delete.delete_model(services, owner, model.id)
+        assert services.blobs.exists(model.blob_key) == stays

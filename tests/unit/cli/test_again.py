@@ -2,6 +2,7 @@
 
 import json
 
+import httpx2
 import pytest
 from stub_service import StubService
 
@@ -56,3 +57,10 @@ def test_delete_refuses_other_ids(stub: StubService, client: Client, capsys: Cap
     with pytest.raises(ValueError, match="expected the id"):
         client.delete("../jobs")
     assert stub.requests == []
+
+
+def test_a_deletion_whose_answer_was_lost_is_done() -> None:
+    answers = iter([httpx2.Response(502), httpx2.Response(404, json={})])
+    with Client("http://127.0.0.1:9", http_transport=httpx2.MockTransport(lambda _: next(answers))) as client:
+        client.delete(ids.new_id(ids.JOB))
+    assert next(answers, None) is None
