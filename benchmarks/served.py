@@ -5,7 +5,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,10 +30,15 @@ class Served:
         return Client(self.url, self.key)
 
 
+def clean_environment() -> dict[str, str]:
+    """This process's environment without the settings of a service."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("RANKPRESS_")}
+
+
 @contextmanager
-def served(folder: Path) -> Iterator[Served]:
-    """Start the embedded service on a free port, and stop it at the end."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("RANKPRESS_")}
+def served(folder: Path, settings: Mapping[str, str] | None = None) -> Iterator[Served]:
+    """Start the service on a free port, the embedded one unless settings say otherwise, and stop it at the end."""
+    environment = clean_environment() | dict(settings or {})
     environment["XDG_STATE_HOME"] = str(folder / "state")  # the user's own record of services stays as it is
     data_dir, log_path = folder / "service", folder / "service.log"
     with log_path.open("w", encoding="utf-8") as log:
@@ -41,7 +46,8 @@ def served(folder: Path) -> Iterator[Served]:
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
     try:
         url = _wait_for_url(process, log_path)
-        yield Served(url, (data_dir / "api-key").read_text(encoding="utf-8").strip(), process.pid, data_dir)
+        key = environment.get("RANKPRESS_API_KEY") or (data_dir / "api-key").read_text(encoding="utf-8").strip()
+        yield Served(url, key, process.pid, data_dir)
     finally:
         process.terminate()
         try:

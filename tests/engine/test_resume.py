@@ -1,5 +1,7 @@
 """A run taken up again from wherever it was left, inside an epoch too, ends with the same numbers, bit for bit."""
 
+import subprocess
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from math import isfinite
@@ -12,6 +14,7 @@ from tiny_jobs import ConvNet, Learned, Looped, Mlp, quick, run_learn, run_stage
 from torch import nn
 
 from service.contract.events import EventKind
+from worker.channel import DRAIN_SIGNAL
 from worker.checkpoint import OtherFormatError, read_checkpoint, write_checkpoint
 from worker.engine.learn import FINAL_PLAN, FINAL_STATE
 from worker.engine.methods import learning_compression
@@ -285,6 +288,26 @@ def test_a_fresh_process_goes_on_from_the_middle_of_an_epoch(tmp_path: Path) -> 
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "resumed" / name).read_bytes(), name
     again = [(message["position"], message["sha256"]) for message in resumed.of("checkpoint")]
     assert again == [(at, message["sha256"]) for at, message in told.items() if at > 11]
+
+
+def test_a_drained_process_leaves_in_the_middle_of_a_long_step(tmp_path: Path) -> None:
+    job = Job.make("convnet", tmp_path)
+    job.spec = quick(budget={"max_macs_fraction": 0.5}, training={"batch_size": 24, "epochs_per_step": 10_000})
+    asked: list[float] = []
+
+    def ask(child: subprocess.Popen[bytes], message: dict[str, Any]) -> None:
+        if message["type"] == "progress" and not asked:
+            asked.append(time.monotonic())
+            child.send_signal(DRAIN_SIGNAL)
+
+    left = run_stage("learn", tmp_path / "left", job.model, job.spec, data=job.data, on_message=ask)
+    assert time.monotonic() - asked[0] < 2
+    assert left.exit_code == 0
+    assert left.last["type"] == "checkpoint"
+    state = read_checkpoint(Path(left.last["path"])).state
+    assert (state["step"], state["position"]) == (0, left.last["position"])
+    course = state["l_step"]["course"]
+    assert course["epochs"] * 4 + course["updates"] == state["position"] > 0
 
 
 def test_a_checkpoint_is_whole_or_not_there(tmp_path: Path) -> None:

@@ -192,6 +192,7 @@ def run_stage(stage: str, work_dir: Path, model: Path, spec: Mapping[str, Any], 
     work_dir.mkdir(parents=True, exist_ok=True)
     reading, writing = os.pipe()
     data: Path | None = options.pop("data", None)
+    on_message = options.pop("on_message", None)  # called with the process and each thing that it says
     assignment = {
         "stage": stage,
         "job_id": "job_tiny",
@@ -226,7 +227,10 @@ def run_stage(stage: str, work_dir: Path, model: Path, spec: Mapping[str, Any], 
         child.stdin.write(json.dumps(assignment).encode() + b"\n")
         child.stdin.flush()
         with os.fdopen(reading, "rb") as stream:
-            made.messages = [json.loads(line) for line in stream]
+            for line in stream:
+                made.messages.append(json.loads(line))
+                if on_message is not None:
+                    on_message(child, made.last)
         made.errors = child.stderr.read().decode()
         made.exit_code = child.wait()
     return made

@@ -8,7 +8,7 @@ from time import perf_counter
 
 import numpy as np
 import torch
-from scipy import stats
+from scipy import special
 from torch import Tensor
 
 from service.contract.errors import ErrorCode, ProblemError
@@ -124,11 +124,11 @@ def paired_difference(name: str, compressed: np.ndarray, reference: np.ndarray) 
         adjusted = count + 2
         centre = (gained - lost) / adjusted
         spread = sqrt(max(gained + lost - (gained - lost) ** 2 / adjusted, 0.0)) / adjusted
-        half = float(stats.norm.ppf(0.5 + CONFIDENCE / 2)) * spread
+        half = float(special.ndtri(0.5 + CONFIDENCE / 2)) * spread
         low, high = min(centre - half, mean), max(centre + half, mean)
     else:
         error = float(differences.std(ddof=1)) / sqrt(count) if count > 1 else 0.0
-        half = float(stats.t.ppf(0.5 + CONFIDENCE / 2, max(count - 1, 1))) * error
+        half = float(special.stdtrit(max(count - 1, 1), 0.5 + CONFIDENCE / 2)) * error
         low, high = mean - half, mean + half
     return PairedDifference(name=name, difference=mean, low=low, high=high, samples=count)
 
