@@ -1,3 +1,4 @@
+import fcntl
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -33,3 +34,34 @@ def real_job(tmp_path_factory: pytest.TempPathFactory) -> "RealJob":
     from real_jobs import make_real_job
 
     return make_real_job(tmp_path_factory.mktemp("real"))
+
+
+@pytest.fixture(scope="session")
+def undisturbed_artifact(
+    tmp_path_factory: pytest.TempPathFactory, postgres_url: str, real_job: "RealJob", worker_id: str
+) -> str:
+    """The SHA-256 of what the real job yields when nothing is killed; found once for all processes of a test run."""
+    base = tmp_path_factory.getbasetemp()
+    folder = base if worker_id == "master" else base.parent
+    found = folder / "undisturbed-artifact"
+    with (folder / "undisturbed-artifact.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not found.exists():
+            found.write_text(_run_undisturbed(tmp_path_factory.mktemp("undisturbed") / "fleet", postgres_url, real_job))
+    return found.read_text()
+
+
+def _run_undisturbed(folder: Path, postgres_url: str, real_job: "RealJob") -> str:
+    from fleet import Fleet
+
+    fleet = Fleet(folder, postgres_url, {})  # at production timings, without extra checkpoints
+    try:
+        fleet.add_service()
+        fleet.add_machine()
+        job_id = fleet.submit(real_job)
+        fleet.wait_for_end([job_id], 180)
+        fleet.check([job_id])
+        assert len(fleet.attempts(job_id)) == 1
+        return fleet.artifact(job_id)
+    finally:
+        fleet.close()

@@ -31,8 +31,7 @@ MATRIX = [
     ("artifact_put", 1, WITHOUT_CHILD, True),
     ("before_finish", 1, WITHOUT_CHILD, True),
 ]
-SHORT = {
-    ("mid_l_step", 40, "worker"),
+SHORT = {  # and the kill of a whole worker in an L step, in test_two_machines.py
     ("mid_c_step", 3, "runner"),
     ("checkpoint_renamed", 4, "supervisor"),
     ("checkpoint_row", 4, "runner"),
@@ -52,20 +51,15 @@ OFTEN = {"CHECKPOINT_SECONDS": "0.05", "CHECKPOINT_SPACING_SECONDS": "0"}
 
 
 class Yard:
-    """A service on which cell after cell has a machine of its own, and the artifact of a job that nobody disturbs."""
+    """A service on which cell after cell has a machine of its own."""
 
-    def __init__(self, folder, postgres_url, real_job, settings):
+    def __init__(self, folder, postgres_url, real_job, wanted, settings):
         self.fleet = Fleet(folder, postgres_url, settings | OFTEN)
         self.fleet.add_service()
         self.folder = folder
         self.numbers = itertools.count()
         self.real_job = real_job
-        machine = self.fleet.add_machine()
-        undisturbed = self.fleet.submit(real_job)
-        self.fleet.wait_for_end([undisturbed], 120)
-        self.fleet.check([undisturbed])
-        self.wanted = self.fleet.artifact(undisturbed)
-        self.fleet.remove(machine)
+        self.wanted = wanted
 
     def run(self, mark, *, once=True, seconds=120, **options):
         """One job on one machine with this mark."""
@@ -93,8 +87,8 @@ class Yard:
 
 
 @pytest.fixture(scope="module")
-def yard(tmp_path_factory, postgres_url, real_job):
-    yard = Yard(tmp_path_factory.mktemp("yard") / "fleet", postgres_url, real_job, SCALED)
+def yard(tmp_path_factory, postgres_url, real_job, undisturbed_artifact):
+    yard = Yard(tmp_path_factory.mktemp("yard") / "fleet", postgres_url, real_job, undisturbed_artifact, SCALED)
     yield yard
     yard.fleet.close()
 
@@ -116,8 +110,8 @@ def test_kills_again_and_again(yard):
 
 @pytest.mark.full
 @pytest.mark.timeout(600)
-def test_a_kill_of_the_worker_at_production_timings(tmp_path, postgres_url, real_job):
-    yard = Yard(tmp_path / "fleet", postgres_url, real_job, {})
+def test_a_kill_of_the_worker_at_production_timings(tmp_path, postgres_url, real_job, undisturbed_artifact):
+    yard = Yard(tmp_path / "fleet", postgres_url, real_job, undisturbed_artifact, {})
     try:
         job_id = yard.run("mid_l_step=kill_both@40", seconds=300)
         before, after = yard.fleet.attempts(job_id)

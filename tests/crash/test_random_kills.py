@@ -70,7 +70,7 @@ class Disturber:
     [(15, 0, 0.2, 2.0), pytest.param(90, 10, 0.5, 2.5, marks=[pytest.mark.full, pytest.mark.timeout(1200)])],
     ids=["15", "100"],
 )
-def test_random_kills(make_fleet, real_job, fakes, reals, step_seconds, every_seconds):
+def test_random_kills(make_fleet, request, fakes, reals, step_seconds, every_seconds):
     fleet = make_fleet(SCALED | {"SLOTS": "2", "CHECKPOINT_SECONDS": "0.05", "CHECKPOINT_SPACING_SECONDS": "0"})
     fleet.add_service()
     fleet.add_machine()
@@ -79,10 +79,10 @@ def test_random_kills(make_fleet, real_job, fakes, reals, step_seconds, every_se
     lengths = (6, 7, 8)
     scripts = [chain(length, step_seconds) for length in lengths]
     undisturbed = [fleet.submit(chain(length, 0.0)) for length in lengths]
-    undisturbed += [fleet.submit(real_job)] if reals else []
     fleet.wait_for_end(undisturbed, 120)
     fleet.check(undisturbed)
 
+    real_job = request.getfixturevalue("real_job") if reals else None
     mixed = [scripts[index % 3] for index in range(fakes)] + [real_job] * reals
     kinds = [index % 3 for index in range(fakes)] + [3] * reals
     order = list(range(fakes + reals))
@@ -95,6 +95,7 @@ def test_random_kills(make_fleet, real_job, fakes, reals, step_seconds, every_se
 
     fleet.check(list(job_ids.values()))
     wanted = [fleet.artifact(job_id) for job_id in undisturbed]
+    wanted += [request.getfixturevalue("undisturbed_artifact")] if reals else []
     for index, job_id in job_ids.items():
         assert fleet.artifact(job_id) == wanted[kinds[index]], fleet.diagnosis([job_id])
         if kinds[index] < 3:
