@@ -194,9 +194,9 @@ class JobAttempt:
         except BlobStoreAwayError:
             raise  # it may be whole: the job waits rather than begin again
         except OSError as error:
-            log.warning("checkpoint_unreadable", job_id=self._claim.job_id, position=row.position, error=str(error))
+            log.warning("checkpoint_unreadable", position=row.position, error=str(error))
             return None
-        log.warning("checkpoint_torn", job_id=self._claim.job_id, position=row.position)
+        log.warning("checkpoint_torn", position=row.position)
         return None
 
     def _run_stage(self, assignment: Assignment) -> Ending:

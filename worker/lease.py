@@ -134,7 +134,7 @@ class Lease:
                     progress=self._progress,
                 )
         except DATABASE_AWAY as error:
-            log.warning("heartbeat_failed", job_id=self._job_id, epoch=self._epoch, error=str(error))
+            log.warning("heartbeat_failed", error=str(error))
             self._beat_at = time.monotonic() + min(_RETRY_SECONDS, self.heartbeat_seconds)
             return
         self.check()
@@ -165,7 +165,7 @@ class Lease:
                 with self._database.write() as session:
                     answer = operation(session)
             except DATABASE_AWAY as error:
-                log.warning("write_failed", job_id=self._job_id, epoch=self._epoch, error=str(error))
+                log.warning("write_failed", error=str(error))
                 time.sleep(min(_RETRY_SECONDS, self.heartbeat_seconds))
                 self.beat_if_due()
                 continue
@@ -180,18 +180,18 @@ class Lease:
             with self._database.write() as session:
                 freed = operation(session)
         except DATABASE_AWAY as error:
-            log.warning("lease_not_released", job_id=self._job_id, epoch=self._epoch, error=str(error))
+            log.warning("lease_not_released", error=str(error))
             return
         if not freed and self.fence.passed:  # where a write was refused before, that one is counted already
             self._count_refused()
 
     def _count_refused(self) -> None:
-        log.warning("write_refused", job_id=self._job_id, epoch=self._epoch)
+        log.warning("write_refused")
         try:
             with self._database.write() as session:
                 count(session, FENCED_WRITES_REFUSED)
         except DATABASE_AWAY as error:
-            log.warning("refusal_not_counted", job_id=self._job_id, error=str(error))
+            log.warning("refusal_not_counted", error=str(error))
 
     def hold_while(self, work: Callable[[], T]) -> T:
         """Do something slow (move bytes) in another thread while the heartbeats go on in this one.

@@ -195,7 +195,7 @@ class Relay:
 
     def _do_without(self, path: Path, error: Exception) -> None:
         """Go on although a checkpoint could not be stored: the next one may be, and until then nothing is lost."""
-        log.warning("checkpoint_not_stored", job_id=self._job_id, epoch=self._epoch, error=str(error))
+        log.warning("checkpoint_not_stored", error=str(error))
         path.unlink(missing_ok=True)
         message = f"a checkpoint could not be stored, the run goes on without it: {error}"
         self._events.append((EventKind.WARNING, {"code": "CHECKPOINT_NOT_STORED", "message": message}))

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import structlog
 from sqlalchemy.orm import Session
+from structlog.contextvars import bound_contextvars
 
 from service.bell import Bell
 from service.blobs.errors import BlobStoreAwayError
@@ -83,8 +84,9 @@ class Supervisor:
             claim = self._claim(queue, slot)
             if claim is None:
                 return False
-            mark("after_claim")
-            self._supervise(claim, slot, claimed_at)
+            with bound_contextvars(job_id=claim.job_id, epoch=claim.epoch):  # on every line that this thread logs
+                mark("after_claim")
+                self._supervise(claim, slot, claimed_at)
         return True
 
     def drain(self, grace_seconds: float | None = None) -> None:
@@ -116,21 +118,22 @@ class Supervisor:
 
     def _supervise(self, claim: Claim, slot: Slot, claimed_at: float) -> None:
         lease = Lease(self._database, self._settings, claim, claimed_at)
-        bound = log.bind(job_id=claim.job_id, epoch=claim.epoch, attempt=claim.attempt)
-        bound.info("attempt_started", slot=slot.number, gpu=None if slot.gpu is None else slot.gpu.uuid)
+        log.info(
+            "attempt_started", attempt=claim.attempt, slot=slot.number, gpu=None if slot.gpu is None else slot.gpu.uuid
+        )
         try:
             ending = self._run(claim, lease, slot, claimed_at)
             if not isinstance(ending, Done):
                 lease.write(lambda session: self._end(session, claim, ending))
             if isinstance(ending, Drained) and self._bell is not None:
                 self._bell.ring(claim.queue)  # another worker can have it at once
-            bound.info("attempt_ended", ending=type(ending).__name__, detail=_detail(ending))
+            log.info("attempt_ended", ending=type(ending).__name__, detail=_detail(ending))
         except LeaseLostError as error:
-            bound.warning("lease_lost", reason=str(error))
+            log.warning("lease_lost", reason=str(error))
             lease.let_go(lambda session: self._give_back(session, claim))
         except Exception:
             # Its lease runs out and the job goes on.
-            log.exception("attempt_not_ended", job_id=claim.job_id, epoch=claim.epoch)
+            log.exception("attempt_not_ended")
         finally:
             lease.fence.close()
 
@@ -160,7 +163,7 @@ class Supervisor:
                 raise
             return Deferred(error.detail)
         except Exception as error:
-            log.exception("attempt_failed", job_id=claim.job_id, epoch=claim.epoch)
+            log.exception("attempt_failed")
             return Crashed(f"the worker met an error of its own: {type(error).__name__}: {error}")
 
     def _end(self, session: Session, claim: Claim, ending: Ending) -> bool:
