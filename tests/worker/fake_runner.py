@@ -124,6 +124,10 @@ class FakeRunner:
     def sleep(self, seconds):
         time.sleep(seconds)
 
+    def wait_for(self, path):
+        while not Path(path).exists():
+            time.sleep(0.05)
+
     def exit(self, code):
         os._exit(code)
 
