@@ -11,7 +11,7 @@ from service.api.downloads import stored_file_response
 from service.api.paging import After, Cursor, Limit, NameFilter, bounded
 from service.api.submissions import SUBMIT_BODY, accept, answer, claimed
 from service.contract.report import Report
-from service.contract.resources import ArtifactPage, EventPage, JobPage, JobResource, LayerPage
+from service.contract.resources import ArtifactPage, AttemptPage, EventPage, JobPage, JobResource, LayerPage
 from service.contract.states import JobState
 from service.jobs import cancel, delete, read, retry
 
@@ -95,6 +95,12 @@ def read_events(
     """The job's numbered history; ask again with `after` = `next_after`."""
     size = bounded(limit, services.settings.event_page_size, services.settings.max_event_page_size)
     return read.read_events(services, owner, job_id, after=after, limit=size)
+
+
+@router.get("/{id}/attempts")
+def list_attempts(services: ServicesDep, owner: OwnerDep, job_id: JobId) -> AttemptPage:
+    """Who has tried the job, and how each try ended."""
+    return read.list_attempts(services, owner, job_id)
 
 
 @router.get("/{id}/layers")

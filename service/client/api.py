@@ -21,6 +21,8 @@ from service.contract.report import Report
 from service.contract.resources import (
     ArtifactPage,
     ArtifactResource,
+    AttemptPage,
+    AttemptResource,
     Capabilities,
     DatasetResource,
     EventPage,
@@ -246,6 +248,10 @@ class Client:
                 pause_seconds = min(pause_seconds, left_seconds)
             time.sleep(pause_seconds)
             pause_seconds = min(max(pause_seconds, FIRST_POLL_SECONDS) * 1.2, POLL_SECONDS_MAX)
+
+    def attempts(self, job_id: str) -> list[AttemptResource]:
+        """Who has tried the job, and how each try ended."""
+        return self._read(AttemptPage, _job_path(job_id, "attempts"), {}).items
 
     def workers(self, *, include_gone: bool = False) -> list[WorkerResource]:
         """The processes that run jobs; with `include_gone` those too that have stopped or fallen silent."""

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict
 from service.contract.errors import Problem
 from service.contract.events import Event, Progress
 from service.contract.plan import LayerPlan, RankRow
-from service.contract.states import JobState
+from service.contract.states import AttemptOutcome, JobState
 
 
 class Resource(BaseModel):
@@ -77,6 +77,25 @@ class JobResource(Resource):
     created_at: datetime
     started_at: datetime | None
     finished_at: datetime | None
+
+
+class AttemptResource(Resource):
+    """One try of a job by one worker; `outcome` is null while it runs."""
+
+    epoch: int
+    worker_id: str
+    host: str
+    gpu: str | None
+    started_at: datetime
+    ended_at: datetime | None
+    outcome: AttemptOutcome | None
+    detail: str | None  # exit code, signal, or what else is known of the end
+
+
+class AttemptPage(Resource):
+    """The attempts of a job, oldest first."""
+
+    items: list[AttemptResource]
 
 
 class GpuResource(Resource):

@@ -7,10 +7,18 @@ from sqlalchemy.orm import Session
 
 from service.contract import ids
 from service.contract.errors import ErrorCode, FieldError, ProblemError
-from service.contract.resources import ArtifactPage, ArtifactResource, EventPage, JobPage, JobResource, LayerPage
+from service.contract.resources import (
+    ArtifactPage,
+    ArtifactResource,
+    AttemptPage,
+    EventPage,
+    JobPage,
+    JobResource,
+    LayerPage,
+)
 from service.contract.states import JobState
 from service.services import Services
-from service.store import artifacts, events, jobs, layers, ranks
+from service.store import artifacts, attempts, events, jobs, layers, ranks
 from service.store.tables import Artifact, Job
 
 REPORT_FORMAT = "report"
@@ -95,6 +103,13 @@ def list_artifacts(services: Services, owner: str, job_id: str) -> ArtifactPage:
         existing_job(session, owner, job_id)
         rows = artifacts.list_artifacts(session, job_id)
         return ArtifactPage(items=[artifacts.artifact_resource(row) for row in rows])
+
+
+def list_attempts(services: Services, owner: str, job_id: str) -> AttemptPage:
+    """Who has tried the job, and how each try ended."""
+    with services.database.read() as session:
+        existing_job(session, owner, job_id)
+        return AttemptPage(items=attempts.list_attempts(session, job_id))
 
 
 def find_artifact(services: Services, owner: str, artifact_id: str) -> StoredFile:

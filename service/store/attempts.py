@@ -9,7 +9,7 @@ from sqlalchemy.orm import Session
 from service.contract.errors import ErrorCode, Problem, ProblemError
 from service.contract.events import EventKind, Progress
 from service.contract.ids import ATTEMPT, new_id
-from service.contract.resources import ResultSummary
+from service.contract.resources import AttemptResource, ResultSummary
 from service.contract.states import AttemptOutcome, JobState, Phase
 from service.store.checkpoints import CheckpointRow, list_checkpoints
 from service.store.events import append_events, told_before
@@ -122,6 +122,24 @@ def count_claimable(session: Session, queue: str, gpu_memory_bytes: int | None =
     return session.execute(
         select(func.count()).select_from(Job).where(_claimable(queue, gpu_memory_bytes))
     ).scalar_one()
+
+
+def list_attempts(session: Session, job_id: str) -> list[AttemptResource]:
+    """The job's attempts, oldest first."""
+    query = select(Attempt).where(Attempt.job_id == job_id).order_by(Attempt.epoch)
+    return [
+        AttemptResource(
+            epoch=row.epoch,
+            worker_id=row.worker_id,
+            host=row.host,
+            gpu=row.gpu,
+            started_at=row.started_at,
+            ended_at=row.ended_at,
+            outcome=None if row.outcome is None else AttemptOutcome(row.outcome),
+            detail=row.detail,
+        )
+        for row in session.scalars(query)
+    ]
 
 
 def heartbeat(

@@ -56,6 +56,19 @@ def test_cancel_of_a_waiting_job_is_at_once_and_repeatable(api: Api) -> None:
     assert states == [{"state": "queued"}, {"state": "canceled"}]
 
 
+def test_attempts_are_listed_with_their_ends(api: Api) -> None:
+    job_id = api.job_id()
+    assert api.client.get(f"/v1/jobs/{job_id}/attempts").json() == {"items": []}
+    claimed = api.claim()
+    [running] = api.client.get(f"/v1/jobs/{job_id}/attempts").json()["items"]
+    assert (running["epoch"], running["outcome"], running["ended_at"]) == (1, None, None)
+    with api.services.database.write() as session:
+        finish_failed(session, job_id, claimed.epoch, ProblemError(ErrorCode.DIVERGED, "the loss rose").problem())
+    [ended] = api.client.get(f"/v1/jobs/{job_id}/attempts").json()["items"]
+    assert (ended["outcome"], ended["detail"]) == ("failed", "the loss rose")
+    assert ended["ended_at"] >= ended["started_at"]
+
+
 def test_cancel_of_a_running_job_is_a_flag(api: Api) -> None:
     job_id = api.job_id()
     api.claim()
