@@ -75,13 +75,13 @@ async def accept(request: Request, services: Services, owner: str, *, key: str |
             check = SubmissionCheck(requested_spec=submission.requested_spec, spec=spec)
             return Response(check.model_dump_json(), media_type="application/json")
         accepted = await run_in_threadpool(submit, services, submission, claim)
-    job = accepted.job
-    _log.info("job_accepted", job_id=job.id, owner=owner, queue=job.queue, replayed=accepted.replayed)
     return answer(accepted.job, replayed=accepted.replayed)
 
 
 def answer(job: JobResource, *, replayed: bool) -> Response:
     """202 with the job and its place; the header says when an earlier request had started it."""
+    # This line alone has both ids: it leads from a request to its job.
+    _log.info("job_accepted", job_id=job.id, queue=job.queue, retry_of=job.retry_of, replayed=replayed)
     headers = {"location": f"/v1/jobs/{job.id}"} | ({"idempotency-replayed": "true"} if replayed else {})
     return Response(job.model_dump_json(), status_code=202, media_type="application/json", headers=headers)
 
