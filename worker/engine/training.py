@@ -141,9 +141,13 @@ class Trainer:
     seed: int
     device: torch.device
     micro_batch_size: int = field(init=False)
+    updates_per_epoch: int = field(init=False)
 
     def __post_init__(self) -> None:
         self.micro_batch_size = self._largest_batch
+        full, left = divmod(self.dataset.size("train"), self.batch_size)
+        # A single sample that is left over makes no update: batch norm cannot train on it.
+        self.updates_per_epoch = full + (left > 1 or (left == 1 and full == 0))
 
     @property
     def _largest_batch(self) -> int:
@@ -158,12 +162,6 @@ class Trainer:
             nesterov=self.spec.nesterov and self.spec.momentum > 0,
             weight_decay=self.spec.weight_decay,
         )
-
-    @property
-    def updates_per_epoch(self) -> int:
-        """Updates of a whole epoch; a single sample that is left over makes none: batch norm cannot train on it."""
-        full, left = divmod(self.dataset.size("train"), self.batch_size)
-        return full + (left > 1 or (left == 1 and full == 0))
 
     def epoch(
         self,
