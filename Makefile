@@ -30,7 +30,7 @@ test: $(INSTALLED)  ## run the tests
 	$(ONE_THREAD) $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist worksteal
 
 test-crash: $(INSTALLED)  ## the long proofs that no job is lost: kills, stops and cuts (at most 45 minutes)
-	$(ONE_THREAD) $(BIN)/python -m pytest -m full tests/crash tests/store
+	$(ONE_THREAD) $(BIN)/python -m pytest -m full --timeout 1800
 
 bench: $(INSTALLED)  ## measure speed against its limits (minutes; wants an idle machine)
 	status=0; for name in lstep upload overhead api queue; do $(BIN)/python -m benchmarks.$$name || status=1; done; exit $$status

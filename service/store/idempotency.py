@@ -10,9 +10,9 @@ from sqlalchemy import delete, select, update
 from sqlalchemy.orm import Session
 
 from service.contract.ids import REQUEST, new_id
-from service.store.session import insert_if_absent
 from service.store.tables import IdempotencyKey
 from service.store.time import database_time
+from service.store.upserts import insert_if_absent
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from sqlalchemy.orm import Session
 
 from service.contract.states import AttemptOutcome, JobState
 from service.store.attempts import backoff_seconds, requeue
-from service.store.counters import LEASE_EXPIRIES, count
+from service.store.counters import ATTEMPTS_ENDED, LEASE_EXPIRIES, count
 from service.store.tables import Attempt, Job
 from service.store.time import database_time
 from service.store.transitions import cancel_waiting
@@ -61,7 +61,10 @@ def close_lost_attempts(session: Session) -> int:
         .values(ended_at=database_time(), outcome=AttemptOutcome.LOST)
         .returning(Attempt.id)
     )
-    return len(session.execute(close).all())
+    closed = len(session.execute(close).all())
+    if closed:
+        count(session, ATTEMPTS_ENDED, AttemptOutcome.LOST, closed)
+    return closed
 
 
 def move_stranded(session: Session) -> int:

@@ -1,17 +1,15 @@
 """The one way to the database: short sessions that read, and short sessions that write."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from sqlalchemy import Connection, Engine, create_engine, event, select, text
-from sqlalchemy.dialects.postgresql import insert as postgresql_insert
-from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
-from service.store.tables import Base
+from service.store.counters import write_counts
 from service.store.time import database_time
 
 BUSY_TIMEOUT_MS = 10_000
@@ -55,6 +53,7 @@ class Database:
         """
         with self._session(self._writer) as session:
             yield session
+            write_counts(session)
             try:
                 session.commit()
             except BaseException:
@@ -94,15 +93,6 @@ class Database:
     def dispose(self) -> None:
         """Close every connection."""
         self.engine.dispose()
-
-
-def insert_if_absent(session: Session, table: type[Base], values: Mapping[str, Any]) -> bool:
-    """Insert a row unless a unique constraint already holds one like it; returns whether it was inserted."""
-    dialect = session.get_bind().dialect.name
-    insert = postgresql_insert if dialect == "postgresql" else sqlite_insert
-    statement = insert(table).values(**values).on_conflict_do_nothing()
-    result = session.connection().execute(statement.returning(text("1")))
-    return result.first() is not None
 
 
 def _postgresql_arguments(timeout_seconds: float) -> dict[str, Any]:
