@@ -13,7 +13,7 @@ from service.store.idempotency import Fresh, Replay
 MAX_KEY_LENGTH = 255
 _KEY = re.compile(rf"[\x21-\x7e]{{1,{MAX_KEY_LENGTH}}}")
 
-_log = structlog.get_logger("rankpress.jobs")
+log = structlog.get_logger(__name__)
 
 
 def reserve(services: Services, owner: str, key: str) -> Fresh | Replay:
@@ -44,7 +44,7 @@ def release(services: Services, fresh: Fresh) -> None:
         with services.database.write() as session:
             idempotency.abandon(session, fresh.reservation)
     except Exception as error:  # noqa: BLE001  (the request's own error is the one to tell)
-        _log.warning("idempotency key not freed", error=str(error))
+        log.warning("idempotency key not freed", error=str(error))
 
 
 def release_all(services: Services) -> None:
@@ -53,7 +53,7 @@ def release_all(services: Services) -> None:
         with services.database.write() as session:
             idempotency.abandon_all(session)
     except Exception as error:  # noqa: BLE001  (a service starts without its database too, and says so in readiness)
-        _log.warning("idempotency keys not freed", error=str(error))
+        log.warning("idempotency keys not freed", error=str(error))
 
 
 def tie(session: Session, fresh: Fresh, fingerprint: str, job_id: str) -> None:
