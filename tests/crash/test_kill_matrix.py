@@ -13,28 +13,29 @@ from service.contract.states import JobState
 CHILD = {"runner": "kill_self", "supervisor": "kill_parent", "worker": "kill_both"}
 SUPERVISOR = {"runner": "kill_children", "supervisor": "kill_self", "worker": "kill_all"}
 WITHOUT_CHILD = {"supervisor": "kill_self"}  # no runner lives there, and so the worker is its supervisor
-# The point, at which passing of it, who can be killed there, and whether a checkpoint must have been there before.
+# The point, at which passing of it, who can be killed there, and whether a checkpoint must have been stored before
+# (the supervisor may be some checkpoints behind its child: hence the later passings).
 MATRIX = [
     ("after_claim", 1, WITHOUT_CHILD, False),
     ("child_started", 1, SUPERVISOR, False),
     ("child_started", 2, SUPERVISOR, True),  # the emission
     ("child_started", 3, SUPERVISOR, True),  # the verification
     ("mid_l_step", 1, CHILD, False),
-    ("mid_l_step", 40, CHILD, True),
-    ("mid_c_step", 3, CHILD, True),
+    ("mid_l_step", 120, CHILD, True),
+    ("mid_c_step", 12, CHILD, True),
     ("checkpoint_written", 1, CHILD, False),
-    ("checkpoint_written", 4, CHILD, True),
+    ("checkpoint_written", 12, CHILD, True),
     ("checkpoint_renamed", 1, CHILD, False),
-    ("checkpoint_renamed", 4, CHILD, True),
+    ("checkpoint_renamed", 12, CHILD, True),
     ("checkpoint_row", 1, SUPERVISOR, True),
-    ("checkpoint_row", 4, SUPERVISOR, True),
+    ("checkpoint_row", 12, SUPERVISOR, True),
     ("artifact_put", 1, WITHOUT_CHILD, True),
     ("before_finish", 1, WITHOUT_CHILD, True),
 ]
 SHORT = {  # and the kill of a whole worker in an L step, in test_two_machines.py
-    ("mid_c_step", 3, "runner"),
-    ("checkpoint_renamed", 4, "supervisor"),
-    ("checkpoint_row", 4, "runner"),
+    ("mid_c_step", 12, "runner"),
+    ("checkpoint_renamed", 12, "supervisor"),
+    ("checkpoint_row", 12, "runner"),
     ("before_finish", 1, "supervisor"),
 }
 CELLS = [
@@ -113,7 +114,7 @@ def test_kills_again_and_again(yard):
 def test_a_kill_of_the_worker_at_production_timings(tmp_path, postgres_url, real_job, undisturbed_artifact):
     yard = Yard(tmp_path / "fleet", postgres_url, real_job, undisturbed_artifact, {})
     try:
-        job_id = yard.run("mid_l_step=kill_both@40", seconds=300)
+        job_id = yard.run("mid_l_step=kill_both@120", seconds=300)
         before, after = yard.fleet.attempts(job_id)
         assert before.ended_at is not None
         settings = yard.fleet.settings

@@ -19,7 +19,7 @@ def test_a_job_killed_on_one_machine_resumes_on_the_other(make_fleet, real_job, 
         fleet = make_fleet(SCALED | OFTEN)
     fleet.add_service()
     fleet.keeps = False
-    first = fleet.add_machine(MARK="mid_l_step=kill_both@60")
+    first = fleet.add_machine(MARK="mid_l_step=kill_both@120")
     job_id = fleet.submit(real_job)
     fleet.wait(lambda: not first.alive(), 60, "the first machine is killed in the middle of the job")
     fleet.remove(first)
