@@ -11,6 +11,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 MIN_API_KEY_LENGTH = 16
 MEMORY_SHARE = 0.8  # of the machine's memory that all children together may use
 EMBEDDED_BROKER = "memory://"
+DATABASE_FILE = "rankpress.db"
 QUEUES = ("gpu", "cpu")  # in the order in which a worker of both looks for work
 
 KIB, MIB, GIB = 1024, 1024**2, 1024**3
@@ -217,7 +218,7 @@ class Settings(BaseSettings):
     def resolved_database_url(self) -> str:
         """The database URL with its default, and with the driver that the store uses."""
         if not self.database_url:
-            return f"sqlite:///{self.data_dir.absolute() / 'rankpress.db'}"
+            return f"sqlite:///{self.data_dir.absolute() / DATABASE_FILE}"
         scheme, separator, rest = self.database_url.partition("://")
         driver = "postgresql+psycopg" if scheme in {"postgres", "postgresql"} else scheme
         return f"{driver}{separator}{rest}"

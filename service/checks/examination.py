@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 
 from service.checks import machine, shared
 from service.checks.finding import Finding, Status, skipped
-from service.settings import Settings
+from service.settings import DATABASE_FILE, Settings
 from service.store.session import Database
 
 _NEEDS_DATABASE = ("schema", "clock", "keys", "workers")
@@ -12,9 +12,9 @@ _NEEDS_DATABASE = ("schema", "clock", "keys", "workers")
 
 def examine(settings: Settings, gpus: Sequence[machine.SeenGpu] | None) -> Iterator[Finding]:
     """Look at everything that a service with these settings stands on."""
-    if settings.embedded and not settings.data_dir.exists():
+    if settings.embedded and not settings.database_url and not (settings.data_dir / DATABASE_FILE).exists():
         for name in ("database", "blobs"):
-            yield skipped(name, f"{settings.data_dir} is not there yet: the first `rankpress serve` makes it")
+            yield skipped(name, f"nothing is in {settings.data_dir} yet: the first `rankpress serve` makes it")
     else:
         yield from _examine_database(settings)
         yield shared.check_blobs(settings)
@@ -29,7 +29,7 @@ def _examine_database(settings: Settings) -> Iterator[Finding]:
     try:
         answer = shared.check_database(database)
         yield answer
-        schema = shared.check_schema(database) if answer.status is Status.OK else None
+        schema = shared.check_schema(settings, database) if answer.status is Status.OK else None
         if schema is None:
             yield from (skipped(name, "the database does not answer") for name in _NEEDS_DATABASE)
             return

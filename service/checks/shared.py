@@ -18,7 +18,7 @@ from service.contract.errors import ProblemError
 from service.settings import QUEUES, Settings
 from service.store.attempts import count_claimable
 from service.store.keys import list_keys
-from service.store.migration import schema_at_head
+from service.store.migration import has_schema, schema_at_head
 from service.store.session import Database
 from service.store.time import database_time
 from service.store.workers import list_workers
@@ -43,10 +43,14 @@ def check_database(database: Database) -> Finding:
     return ok("database", f"{shown} answers ({server}, {_milliseconds(started)})")
 
 
-def check_schema(database: Database) -> Finding:
-    """Whether the schema is this version's."""
+def check_schema(settings: Settings, database: Database) -> Finding:
+    """Whether the schema is this version's; an embedded service brings it there by itself."""
     if schema_at_head(database):
         return ok("schema", "at head")
+    if settings.embedded:
+        return warning("schema", "it is not the one of this version", "the next `rankpress serve` brings it up to date")
+    if not has_schema(database):
+        return failed("schema", "there is none yet", "run `rankpress migrate`")
     advice = "stop API and workers of the other version, back up, run `rankpress migrate`"
     return failed("schema", "it is not the one of this version", advice)
 

@@ -67,7 +67,7 @@ def open_database(settings: "Settings") -> Iterator["Database"]:
 def require_schema(database: "Database") -> None:
     """Refuse a database that does not answer (`UNAVAILABLE`) or has another schema (`STATE_CONFLICT`)."""
     from service.checks.urls import shown_url
-    from service.store.migration import schema_at_head
+    from service.store.migration import has_schema, schema_at_head
 
     if not database.ping():
         raise ProblemError(
@@ -76,10 +76,11 @@ def require_schema(database: "Database") -> None:
             "`rankpress doctor`, or change RANKPRESS_DATABASE_URL",
         )
     if not schema_at_head(database):
+        found, first = ("another", "stop what still runs of it, then ") if has_schema(database) else ("none", "")
         raise ProblemError(
             ErrorCode.STATE_CONFLICT,
-            f"expected the schema of this version in {shown_url(database.url)}; found another or none: "
-            "stop what still runs of another version, then run `rankpress migrate`",
+            f"expected the schema of this version in {shown_url(database.url)}; found {found}: {first}"
+            "run `rankpress migrate`",
         )
 
 

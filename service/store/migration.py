@@ -31,12 +31,20 @@ def migrate_down(database: Database, revision: str) -> None:
 
 def schema_at_head(database: Database) -> bool:
     """Whether the schema is the one this code was written for."""
+    return set(_revisions(database)) == set(ScriptDirectory.from_config(alembic_config(None)).get_heads())
+
+
+def has_schema(database: Database) -> bool:
+    """Whether there is a schema of any version."""
+    return bool(_revisions(database))
+
+
+def _revisions(database: Database) -> tuple[str, ...]:
     try:
         with database.engine.connect() as connection:
-            current = MigrationContext.configure(connection).get_current_heads()
+            return MigrationContext.configure(connection).get_current_heads()
     except (SQLAlchemyError, OSError):
-        return False
-    return set(current) == set(ScriptDirectory.from_config(alembic_config(None)).get_heads())
+        return ()
 
 
 def alembic_config(connection: Connection | None) -> Config:
