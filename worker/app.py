@@ -2,12 +2,14 @@
 
 import os
 import sys
+import warnings
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import structlog
 from celery import Celery, signals
 from celery.apps.worker import Worker
+from celery.exceptions import SecurityWarning
 from kombu.entity import Exchange, Queue
 
 from service.bell import Bell, broker_queue, make_celery
@@ -86,6 +88,7 @@ def run_worker(hosted: HostedWorker, settings: Settings) -> int:
 
     SIGTERM and SIGINT drain: children write a checkpoint, their jobs go back uncounted, and the process ends.
     """
+    _warn_of_root()
     worker = Worker(
         app=hosted.app,
         hostname=f"{hosted.row.worker_id}@{os.uname().nodename}",
@@ -97,6 +100,13 @@ def run_worker(hosted: HostedWorker, settings: Settings) -> int:
     )
     worker.start()
     return int(worker.exitcode or 0)
+
+
+def _warn_of_root() -> None:
+    """Say in one line what Celery says in ten, with an option that is not there."""
+    warnings.filterwarnings("ignore", category=SecurityWarning)
+    if os.geteuid() == 0:
+        log.warning("worker_runs_as_root", advice="run it as a user of its own: it runs what users upload")
 
 
 def _leave_deaf() -> NoReturn:
