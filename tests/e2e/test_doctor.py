@@ -14,7 +14,7 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
-from fleet import PROGRAM, Fleet
+from installation import PROGRAM, Fleet
 
 from service.cli.command import run
 from service.store.migration import migrate, migrate_down

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from fleet import Fleet, Running
+from installation import Fleet, Running
 from sqlalchemy import select
 
 from service.client import Client, ServiceProblem
