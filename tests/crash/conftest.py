@@ -1,6 +1,7 @@
 import fcntl
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,23 +30,40 @@ def make_fleet(postgres_url: str, tmp_path: Path) -> Iterator[Callable[..., "Fle
 
 
 @pytest.fixture(scope="session")
-def real_job(tmp_path_factory: pytest.TempPathFactory) -> "RealJob":
-    """A small network, data that it can learn, and a spec of seconds, for the real engine."""
-    from real_jobs import make_real_job
+def of_the_run(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
+    """A folder that all processes of a test run share."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base if worker_id == "master" else base.parent) / "of-the-run"
+    folder.mkdir(exist_ok=True)
+    return folder
 
-    return make_real_job(tmp_path_factory.mktemp("real"))
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+@pytest.fixture(scope="session")
+def real_job(of_the_run: Path) -> "RealJob":
+    """A small network, data that it can learn, and a spec of seconds, for the real engine.
+
+    Made once for all processes: a model that is scripted again has other bytes, and so has what is made of it.
+    """
+    from real_jobs import make_real_job, read_real_job
+
+    with _alone(of_the_run):
+        return read_real_job(of_the_run) or make_real_job(of_the_run)
 
 
 @pytest.fixture(scope="session")
 def undisturbed_artifact(
-    tmp_path_factory: pytest.TempPathFactory, postgres_url: str, real_job: "RealJob", worker_id: str
+    of_the_run: Path, tmp_path_factory: pytest.TempPathFactory, postgres_url: str, real_job: "RealJob"
 ) -> str:
-    """The SHA-256 of what the real job yields when nothing is killed; found once for all processes of a test run."""
-    base = tmp_path_factory.getbasetemp()
-    folder = base if worker_id == "master" else base.parent
-    found = folder / "undisturbed-artifact"
-    with (folder / "undisturbed-artifact.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    """The SHA-256 of what the real job yields when nothing is killed; found once for all processes."""
+    found = of_the_run / "undisturbed-artifact"
+    with _alone(of_the_run):
         if not found.exists():
             found.write_text(_run_undisturbed(tmp_path_factory.mktemp("undisturbed") / "fleet", postgres_url, real_job))
     return found.read_text()

@@ -35,3 +35,9 @@ def make_real_job(folder: Path) -> RealJob:
         optimizer.step()
     torch.jit.script(network.eval()).save(str(folder / "net.pt"))
     return RealJob(folder / "net.pt", folder / "train.npz", SPEC)
+
+
+def read_real_job(folder: Path) -> RealJob | None:
+    """The job that was made in this folder before."""
+    model = folder / "net.pt"
+    return RealJob(model, folder / "train.npz", SPEC) if model.exists() else None
