@@ -112,11 +112,11 @@ def test_cancel_over_the_phases_of_the_real_engine(make_fleet, real_job):
     watch = Stopwatch(fleet)
     kinds: dict[str, str] = {}
     missed = 0
-    one_step = {"method": {"mu": {"steps": 1}}, "fine_tune": {"epochs": 10**6}}
+    one_step = {"method": {"mu": {"steps": 1}}, "fine_tune": {"epochs": 10_000}}
     specs = {
         "starting": {},
         "inspecting": {},
-        "learning": {"training": real_job.spec["training"] | {"epochs_per_step": 10**6}},
+        "learning": {"training": real_job.spec["training"] | {"epochs_per_step": 10_000}},
         "fine_tuning": one_step,
         "emitting": {},
         "verifying": {},
@@ -125,7 +125,8 @@ def test_cancel_over_the_phases_of_the_real_engine(make_fleet, real_job):
         job_id = fleet.submit(RealJob(real_job.model, real_job.dataset, real_job.spec | specs[phase]))
         order = list(specs)
         until = {*order[order.index(phase) + 1 :], "storing", "done"}
-        seen = fleet.wait(lambda job_id=job_id, u={phase, *until}: u & {fleet.job(job_id).phase}, 90, phase)
+        wanted = {phase, *until}
+        seen = fleet.wait(lambda job_id=job_id, wanted=wanted: wanted & {fleet.job(job_id).phase}, 30, phase)
         watch.cancel(job_id)
         row = fleet.wait(lambda job_id=job_id: ended(fleet, job_id), 30, "the job ends")
         if seen != {phase} or row.state == JobState.SUCCEEDED:
@@ -163,9 +164,7 @@ def report(watch, kinds):
         of_kind = sorted(watch.seconds[job_id] for job_id in kinds if kinds[job_id] == kind)
         print(f"{kind}: {len(of_kind)} canceled, {statistics.median(of_kind):.2f} s, at most {of_kind[-1]:.2f} s")
     p95 = rest[int(0.95 * (len(rest) - 1) + 0.5)]
-    print(
-        f"all: p50 {statistics.median(rest):.2f} s, p95 {p95:.2f} s, at most {rest[-1]:.2f} s; deaf {max(deaf):.2f} s"
-    )
+    print(f"all {len(rest)}: p50 {statistics.median(rest):.2f} s, p95 {p95:.2f} s, at most {rest[-1]:.2f} s")
     assert p95 <= P95_SECONDS
     grace = watch.fleet.settings.cancel_grace_seconds
     assert max(deaf, default=0.0) <= watch.fleet.settings.heartbeat_seconds + grace + 2

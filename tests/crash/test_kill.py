@@ -54,6 +54,14 @@ def gone(pid):
     return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
 
 
+def all_stopped(pid):
+    """Whether each thread has stopped: one that is inside of a call stops after it, and may have taken a lock there."""
+    states = [
+        (thread / "stat").read_text().rpartition(")")[2].split()[0] for thread in Path(f"/proc/{pid}/task").iterdir()
+    ]
+    return set(states) == {"T"}
+
+
 def running_child(house, job_id, tmp_path):
     house.wait_for_phase(job_id, "learning")
     return int((tmp_path / "pid").read_text())
@@ -130,7 +138,7 @@ def test_a_stopped_service_is_overtaken_and_its_ghost_writes_nothing(house, star
     # Under the test's own write lock: a process that is stopped inside a transaction would keep SQLite's one lock.
     with house.database.write():
         host.send_signal(signal.SIGSTOP)
-        house.wait(lambda: psutil.Process(host.pid).status() == psutil.STATUS_STOPPED, seconds=3.0)
+        house.wait(lambda: all_stopped(host.pid), seconds=3.0)
     os.kill(child, signal.SIGSTOP)
     time.sleep(house.settings.reap_seconds + 0.2)
     from service.reconcile import Reconciler
