@@ -43,9 +43,9 @@ def test_a_ghost_writes_nothing(make_fleet, settings, child_too):
     assert fleet.machine_of(job_id) is other
     before = fleet.counter("fenced_writes_refused")
     overtaken = fleet.job(job_id).lease_epoch
-    os.kill(ghost.pid, signal.SIGCONT)
     if child_too:
-        child.resume()
+        child.resume()  # the first, for its supervisor kills it as soon as it can
+    os.kill(ghost.pid, signal.SIGCONT)
     resumed_at = time.monotonic()
     fleet.wait(lambda: not lives(child), fleet.settings.heartbeat_seconds + 2, "the ghost's child is dead")
     print(f"the ghost's child was dead {time.monotonic() - resumed_at:.2f} s after it went on")
