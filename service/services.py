@@ -1,9 +1,9 @@
 """What the service is made of, put together once and handed on."""
 
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from service.bell import Bell, make_celery
+from service.blobs.opening import open_blobs
 from service.blobs.store import BlobStore
 from service.keys_file import ensure_api_key
 from service.settings import Settings
@@ -24,18 +24,15 @@ class Services:
 def build_services(settings: Settings) -> Services:
     """Open database, blob store and bell by the settings; embedded, make the key if there is none.
 
-    No schema is changed and no broker is contacted. `bell.app` is the Celery app that an embedded worker shares.
+    No schema is changed and no broker is contacted; a shared folder that is not there is a BlobStoreAwayError.
+    `bell.app` is the Celery app that an embedded worker shares.
     """
     settings.data_dir.mkdir(parents=True, exist_ok=True)
     api_key, _ = ensure_api_key(settings)
     return Services(
         settings=settings,
         database=Database(settings.resolved_database_url, timeout_seconds=settings.database_timeout_seconds),
-        blobs=BlobStore(settings.resolved_blob_url, staging_dir=_staging_dir(settings)),
+        blobs=open_blobs(settings),
         bell=Bell(make_celery(settings)),
         api_key=api_key,
     )
-
-
-def _staging_dir(settings: Settings) -> Path | None:
-    return None if settings.resolved_blob_url.startswith("file:") else settings.data_dir / "staging"

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import time
 import warnings
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -13,7 +14,7 @@ from celery.exceptions import SecurityWarning
 from kombu.entity import Exchange, Queue
 
 from service.bell import Bell, broker_queue, make_celery
-from service.blobs.store import BlobStore
+from service.blobs.opening import open_blobs
 from service.settings import Settings
 from service.store.session import Database
 from worker.row import WorkerRow
@@ -36,18 +37,17 @@ class HostedWorker:
 
 
 def create_worker(settings: Settings, *, child_command: tuple[str, ...] = CHILD_COMMAND) -> HostedWorker:
-    """Put the worker together; nothing is contacted before it starts.
+    """Put the worker together; nothing is contacted before it starts, but a shared folder must be there.
 
     Its pool is threads, as in the embedded mode: a supervising thread computes nothing, and one process sees every
     stop. When it is asked to stop, running jobs go back to the queue with their checkpoints.
     """
     app = make_celery(settings)
     database = Database(settings.resolved_database_url, timeout_seconds=settings.database_timeout_seconds)
-    in_files = settings.resolved_blob_url.startswith("file:")  # those are staged beside where they end
-    blobs = BlobStore(settings.resolved_blob_url, staging_dir=None if in_files else settings.data_dir / "staging")
+    blobs = open_blobs(settings)
     slots = Slots(settings)
-    row = WorkerRow(database, settings, slots, on_deaf=_leave_deaf)
     bell = Bell(app)
+    row = WorkerRow(database, settings, slots, bell=bell, on_deaf=lambda: _leave_deaf(supervisor, slots, settings))
     supervisor = Supervisor(settings, database, blobs, slots, row.worker_id, child_command=child_command, bell=bell)
     queues = [broker_queue(queue) for queue in slots.queues]
     app.conf.update(
@@ -109,7 +109,11 @@ def _warn_of_root() -> None:
         log.warning("worker_runs_as_root", advice="run it as a user of its own: it runs what users upload")
 
 
-def _leave_deaf() -> NoReturn:
-    """End at once: no job runs here, and a consumer that hangs would not hear a polite request either."""
+def _leave_deaf(supervisor: Supervisor, slots: Slots, settings: Settings) -> NoReturn:
+    """Give back what runs, and end: a consumer that hangs would not hear a polite request."""
+    supervisor.drain()
+    until = time.monotonic() + settings.drain_grace_seconds + settings.cancel_grace_seconds
+    while slots.busy and time.monotonic() < until:
+        time.sleep(0.1)
     sys.stderr.flush()
     os._exit(EXIT_DEAF)

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import json
 import re
 import secrets
 import time
@@ -30,6 +31,8 @@ _KEY = re.compile(
 )
 _PREFIXES = ("sha256", "checkpoints", "probe")
 _STAGING = "staging"
+MARKER = "rankpress-store.json"  # in a folder that machines share: it is told from an empty mount point by this
+_MARKED = {"format": 1}
 _READ_BYTES = 8 * 1024**2  # of one request to an object store
 _KEYS_OF_A_PAGE = 1000
 AWAY_SECONDS = 30.0
@@ -52,17 +55,24 @@ class BlobStore:
     """One store by its URL (`file://`, `s3://`, …); files are staged beside it, or in `staging_dir`.
 
     Every method raises BlobStoreAwayError when the store does not answer or refuses: within `away_seconds`, counted for
-    each request, of which a large file needs many.
+    each request, of which a large file needs many. A folder is made with `create` alone; without, it must be there with
+    its marker, now and at every use.
     """
 
-    def __init__(self, url: str, *, staging_dir: Path | None = None, away_seconds: float = AWAY_SECONDS) -> None:
+    def __init__(
+        self, url: str, *, staging_dir: Path | None = None, away_seconds: float = AWAY_SECONDS, create: bool = True
+    ) -> None:
         parts = urlsplit(url)
         self.url = url
         self.root: Path | None = Path(unquote(parts.path)) if parts.scheme == "file" else None
+        self._marked = not create
         self._store: ObjectStore
         self._prober: ObjectStore
         if self.root is not None:
-            self.root.mkdir(parents=True, exist_ok=True)
+            if create:
+                self.root.mkdir(parents=True, exist_ok=True)
+            else:
+                self._check_here()
             self._store = self._prober = LocalStore(self.root)
         else:
             self._store = open_remote(url, away_seconds=away_seconds)
@@ -73,9 +83,20 @@ class BlobStore:
         self._staging = staging
         staging.mkdir(parents=True, exist_ok=True)
 
+    def write_marker(self) -> bool:
+        """Mark a folder, so that it is told from the empty mount point of one; returns whether it had no mark yet."""
+        if self.root is None:
+            return False
+        try:
+            with (self.root / MARKER).open("x", encoding="ascii") as file:
+                json.dump(_MARKED, file)
+        except FileExistsError:
+            return False
+        return True
+
     def writer(self, *, limit_bytes: int, what: str = "file") -> BlobWriter:
         """Begin a staged file; `what` names it in a refusal ("model", "dataset")."""
-        with store_errors(self.url, writing=True):
+        with self._errors(writing=True):
             return BlobWriter(self._staging / secrets.token_hex(16), limit_bytes=limit_bytes, what=what)
 
     def keep(self, staged: StagedBlob) -> str:
@@ -124,7 +145,7 @@ class BlobStore:
     def size(self, key: str) -> int:
         """How many bytes lie under the key; raises FileNotFoundError."""
         _checked(key)
-        with store_errors(self.url):
+        with self._errors():
             return int(obstore.head(self._store, key)["size"])
 
     def exists(self, key: str) -> bool:
@@ -144,8 +165,7 @@ class BlobStore:
         """A local file with the bytes: the store's own, or a copy in the directory."""
         path = self.local_path(key)
         if path is not None:
-            if not path.is_file():
-                raise FileNotFoundError(key)
+            self.size(key)
             return path
         copy = directory / key.replace("/", "-")
         with copy.open("wb") as file:
@@ -155,14 +175,14 @@ class BlobStore:
     def delete(self, key: str) -> None:
         """Delete what lies under the key; nothing there is no error."""
         _checked(key)
-        with contextlib.suppress(FileNotFoundError), store_errors(self.url):
+        with contextlib.suppress(FileNotFoundError), self._errors():
             obstore.delete(self._store, key)
 
     def delete_if_older(self, key: str, seconds: float) -> bool:
         """Delete what lies under the key if it was last written so long ago; returns whether it was deleted."""
         _checked(key)
         try:
-            with store_errors(self.url):
+            with self._errors():
                 written = obstore.head(self._store, key)["last_modified"]
         except FileNotFoundError:
             return False
@@ -173,6 +193,7 @@ class BlobStore:
 
     def keys_older_than(self, seconds: float) -> Iterator[str]:
         """The keys that were last written so long ago; what is no key of ours is passed over."""
+        self._check_here()  # a folder that is away would list as an empty one
         limit = datetime.now(UTC) - timedelta(seconds=seconds)
         for prefix in _PREFIXES:
             pages = iter(obstore.list(self._store, prefix, chunk_size=_KEYS_OF_A_PAGE))
@@ -185,7 +206,9 @@ class BlobStore:
         """Delete staged files that a crash left behind so long ago; returns how many."""
         limit = time.time() - seconds
         swept = 0
-        for path in self._staging.iterdir():
+        with self._errors(writing=True):
+            staged = list(self._staging.iterdir())
+        for path in staged:
             with contextlib.suppress(FileNotFoundError):  # another service sweeps too
                 if path.is_file() and path.stat().st_mtime < limit:
                     path.unlink()
@@ -196,7 +219,7 @@ class BlobStore:
         """Write, read and delete a small object; raises BlobStoreAwayError or `STORAGE_FULL` with what went wrong."""
         path = _checked(f"probe/{secrets.token_hex(8)}")  # what a crash leaves of it is an orphan, which is swept
         written = secrets.token_bytes(16)
-        with store_errors(self.url, writing=True):
+        with self._errors(writing=True):
             obstore.put(self._prober, path, written)
             read = bytes(obstore.get(self._prober, path).bytes())
             obstore.delete(self._prober, path)
@@ -211,16 +234,43 @@ class BlobStore:
             return False
         return True
 
+    @contextlib.contextmanager
+    def _errors(self, *, writing: bool = False) -> Iterator[None]:
+        """`store_errors`, and a folder that is away: nothing is written where it was, and no file in it is missing."""
+        if writing:
+            self._check_here()
+        try:
+            with store_errors(self.url, writing=writing):
+                yield
+        except FileNotFoundError:
+            self._check_here()
+            raise
+
+    def _check_here(self) -> None:
+        """Raise when the folder was unmounted or deleted; writing would begin another one in its place."""
+        if self.root is None:
+            return
+        try:
+            (self.root / MARKER if self._marked else self.root).stat()
+        except OSError as error:
+            expected, advice = f"the folder {self.root}", ""
+            if self._marked:
+                expected = f"the shared folder {self.root} with {MARKER} in it"
+                advice = ": is it mounted? Run `rankpress migrate` once where it is"
+            raise BlobStoreAwayError(f"expected {expected}; found {error.strerror!r}{advice}") from error
+
     def _copy_in(self, path: Path, key: str, *, move: bool) -> None:
         device = path.stat().st_dev  # a file that is missing here is not the store's fault
-        if move and device == self._staging.stat().st_dev:
-            with store_errors(self.url, writing=True):
+        with self._errors(writing=True):
+            here = device == self._staging.stat().st_dev
+        if move and here:
+            with self._errors(writing=True):
                 sync_file(path)
             self._move_in(path, key)
             return
         copy = self._staging / secrets.token_hex(16)
         try:
-            with store_errors(self.url, writing=True):
+            with self._errors(writing=True):
                 copy_durably(path, copy)
             self._move_in(copy, key)
         finally:
@@ -231,23 +281,23 @@ class BlobStore:
             self._upload(path, key)
             path.unlink(missing_ok=True)
             return
-        with store_errors(self.url, writing=True):
+        with self._errors(writing=True):
             move_durably(path, self.root / key)
 
     def _upload(self, path: Path, key: str) -> None:
         """Send a file in parts; memory holds only those that are under way, and the key shows all of it or nothing."""
         size = path.stat().st_size
-        with store_errors(self.url, writing=True):
+        with self._errors(writing=True):
             obstore.put(self._store, key, path, chunk_size=part_bytes(size), max_concurrency=PARTS_AT_ONCE)
 
     def _next_page(self, pages: "Iterator[Sequence[ObjectMeta]]") -> "Sequence[ObjectMeta]":
-        with store_errors(self.url):
+        with self._errors():
             return next(pages, ())
 
     def _read_object(self, key: str, start: int, stop: int, block_bytes: int) -> Iterator[bytes]:
         """One short request after the other: a slow reader holds none open, and each is tried again by itself."""
         for part_start in range(start, stop, _READ_BYTES):
-            with store_errors(self.url):
+            with self._errors():
                 part = obstore.get_range(self._store, key, start=part_start, end=min(part_start + _READ_BYTES, stop))
             view = memoryview(part)
             for block_start in range(0, len(view), block_bytes):

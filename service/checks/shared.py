@@ -11,7 +11,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from service.bell import make_celery
 from service.blobs.errors import BlobStoreAwayError
-from service.blobs.store import BlobStore
+from service.blobs.opening import open_blobs
 from service.checks.finding import Finding, failed, ok, skipped, warning
 from service.checks.urls import shown_url
 from service.contract.errors import ProblemError
@@ -139,18 +139,12 @@ def check_blobs(settings: Settings) -> Finding:
         open_blobs(settings).check()
     except (BlobStoreAwayError, ProblemError, OSError, ValueError, obstore.exceptions.BaseError) as error:
         advice = (
-            "make the folder writable for this user, or set RANKPRESS_BLOB_URL"
+            "mount the folder, make it writable for this user, or set RANKPRESS_BLOB_URL"
             if settings.resolved_blob_url.startswith("file:")
             else "see that bucket, AWS_… credentials and endpoint are right"
         )
         return failed("blobs", f"{shown}: {first_line(error).removeprefix(f'{shown}: ')}", advice)
     return ok("blobs", f"wrote, read and deleted a small file in {shown} ({_milliseconds(started)})")
-
-
-def open_blobs(settings: Settings) -> BlobStore:
-    """The store of files as the API and the workers open it."""
-    in_files = settings.resolved_blob_url.startswith("file:")
-    return BlobStore(settings.resolved_blob_url, staging_dir=None if in_files else settings.data_dir / "staging")
 
 
 def first_line(error: BaseException) -> str:

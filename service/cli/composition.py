@@ -11,6 +11,7 @@ from service.cli.output import note
 from service.contract.errors import ErrorCode, ProblemError
 
 if TYPE_CHECKING:
+    from service.services import Services
     from service.settings import Settings
     from service.store.session import Database
 
@@ -82,6 +83,17 @@ def require_schema(database: "Database") -> None:
             f"expected the schema of this version in {shown_url(database.url)}; found {found}: {first}"
             "run `rankpress migrate`",
         )
+
+
+def open_services(settings: "Settings") -> "Services":
+    """Everything that requests need; refuses where the shared folder of files is not there (`UNAVAILABLE`)."""
+    from service.blobs.errors import BlobStoreAwayError
+    from service.services import build_services
+
+    try:
+        return build_services(settings)
+    except BlobStoreAwayError as error:
+        raise ProblemError(ErrorCode.UNAVAILABLE, str(error)) from error
 
 
 def warn_of_one_machine(settings: "Settings") -> None:

@@ -14,6 +14,7 @@ from service.cli.composition import (
     data_dir_option,
     extras,
     open_database,
+    open_services,
     read_settings,
     require_schema,
     warn_of_one_machine,
@@ -61,23 +62,30 @@ def serve(data_dir: Path | None, host: str | None, port: int | None) -> int:
 @click.command()
 @data_dir_option
 def migrate(data_dir: Path | None) -> int:
-    """Bring the database's schema to this version."""
+    """Bring the database's schema to this version, and make the shared folder of RANKPRESS_BLOB_URL if there is none.
+
+    Run it where that folder is mounted: no other command makes it.
+    """
     with extras("migrate", "api"):
+        from service.blobs.opening import make_store
         from service.store.migration import migrate as migrate_database
 
-        with open_database(read_settings(data_dir=data_dir)) as database:
+        settings = read_settings(data_dir=data_dir)
+        with open_database(settings) as database:
             migrate_database(database)
+        made = make_store(settings)
     click.echo("the schema is up to date")
+    if made:
+        click.echo(f"made the store of files in {settings.blob_url}")
     return ExitCode.DONE
 
 
 def _serve_everything(settings: "Settings") -> None:
     from service.keys_file import ensure_api_key
-    from service.services import build_services
     from service.store.migration import migrate as migrate_database
     from worker.embedded import EmbeddedWorker
 
-    services = build_services(settings)
+    services = open_services(settings)
     migrate_database(services.database)
     _, key_file = ensure_api_key(settings)
     listener = _listen(settings.host, settings.port)
@@ -97,12 +105,11 @@ def _serve_everything(settings: "Settings") -> None:
 def _serve_api(settings: "Settings") -> None:
     """Serve without a worker; nothing of it belongs to one process, so any number may run."""
     from service.checks.urls import shown_url
-    from service.services import build_services
 
     with open_database(settings) as database:
         require_schema(database)
         keys = _keys_said(settings, database)
-    services = build_services(settings)
+    services = open_services(settings)
     listener = _listen(settings.host, settings.port)
 
     def announce() -> None:

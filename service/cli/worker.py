@@ -88,7 +88,7 @@ def _require_gpus(hosted: "HostedWorker") -> None:
 def _require_blobs(settings: "Settings") -> None:
     """Refuse a store that does not answer: jobs would be claimed only to fail."""
     from service.blobs.errors import BlobStoreAwayError
-    from service.checks.shared import open_blobs
+    from service.blobs.opening import open_blobs
     from service.checks.urls import shown_url
 
     try:

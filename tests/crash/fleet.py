@@ -18,7 +18,7 @@ from sqlalchemy import create_engine, select, text
 from sqlalchemy.engine import make_url
 
 from service.bell import Bell, make_celery
-from service.blobs.store import BlobStore
+from service.blobs.opening import make_store, open_blobs
 from service.contract.ids import JOB, new_id
 from service.contract.states import AttemptOutcome, JobState
 from service.settings import Settings
@@ -89,7 +89,8 @@ class Fleet:
         self.settings = Settings(data_dir=folder / "test", **values)  # type: ignore[arg-type]
         self.database = Database(self.database_url)
         migrate(self.database)
-        self.blobs = BlobStore(self.settings.resolved_blob_url, staging_dir=_staging(self.settings))
+        make_store(self.settings)
+        self.blobs = open_blobs(self.settings)
         self.bell = Bell(make_celery(self.settings))
         self.machines: list[Part] = []
         self.services: list[ServicePart] = []
@@ -333,10 +334,6 @@ class Fleet:
 
 def vars_of(attempt: Attempt) -> str:
     return f"{attempt.epoch} {attempt.started_at} {attempt.ended_at} {attempt.outcome} {attempt.detail}"
-
-
-def _staging(settings: Settings) -> Path | None:
-    return None if settings.resolved_blob_url.startswith("file:") else settings.data_dir / "staging"
 
 
 def _free_port() -> int:

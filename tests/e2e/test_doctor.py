@@ -17,7 +17,7 @@ import pytest
 from installation import PROGRAM, Fleet
 
 from service.cli.command import run
-from service.store.migration import migrate, migrate_down
+from service.store.migration import migrate_down
 from service.store.session import Database
 
 NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}
@@ -26,9 +26,8 @@ NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}
 @pytest.fixture(scope="module")
 def fleet(tmp_path_factory: pytest.TempPathFactory, postgres_url: str, valkey_url: str) -> Fleet:
     made = Fleet.make(tmp_path_factory.mktemp("doctor"), postgres_url, valkey_url, "doctor")
-    database = Database(made.environment["RANKPRESS_DATABASE_URL"])
-    migrate(database)
-    database.dispose()
+    migrated = made.run("migrate")
+    assert migrated.returncode == 0, migrated.stderr
     return made
 
 
@@ -105,8 +104,8 @@ def test_a_stopped_database(fleet: Fleet) -> None:
 
 def test_another_schema(postgres_url: str, valkey_url: str, tmp_path: Path) -> None:
     fleet = Fleet.make(tmp_path, postgres_url, valkey_url, "doctor_old")
+    assert fleet.run("migrate").returncode == 0
     database = Database(fleet.environment["RANKPRESS_DATABASE_URL"])
-    migrate(database)
     migrate_down(database, "-1")
     database.dispose()
     code, findings = examine(fleet)
@@ -128,7 +127,7 @@ def test_a_stopped_broker(fleet: Fleet) -> None:
 
 def test_a_folder_of_files_that_cannot_be_written(fleet: Fleet, tmp_path: Path) -> None:
     blobs = tmp_path / "blobs"
-    blobs.mkdir()
+    assert fleet.run("migrate", RANKPRESS_BLOB_URL=blobs.as_uri()).returncode == 0
     blobs.chmod(0o555)
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM.format(without=()), "doctor", "--json"],
@@ -141,6 +140,13 @@ def test_a_folder_of_files_that_cannot_be_written(fleet: Fleet, tmp_path: Path) 
     assert done.returncode == 1, done.stderr
     failures = {check["name"] for check in json.loads(done.stdout)["checks"] if check["status"] == "failed"}
     assert "blobs" in failures
+
+
+def test_a_shared_folder_that_is_not_mounted(fleet: Fleet, tmp_path: Path) -> None:
+    code, findings = examine(fleet, RANKPRESS_BLOB_URL=tmp_path.as_uri())
+    assert code == 1
+    assert "is it mounted?" in only_failure(findings)["found"]
+    assert list(tmp_path.iterdir()) == []
 
 
 def _obey_permissions() -> None:

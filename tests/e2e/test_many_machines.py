@@ -188,6 +188,15 @@ def test_what_a_worker_refuses(
     assert said in " ".join(refused.stderr.split())
 
 
+@pytest.mark.parametrize("command", ["serve", "worker"])
+def test_a_folder_that_is_not_mounted_is_refused_and_left_empty(fleet: Fleet, tmp_path: Path, command: str) -> None:
+    changes = {"RANKPRESS_BLOB_URL": tmp_path.as_uri(), "RANKPRESS_API_KEY": "a-key-of-sixteen-characters"}
+    refused = fleet.run(command, **changes)
+    assert refused.returncode == 5, refused.stderr
+    assert "is it mounted? Run `rankpress migrate` once where it is" in " ".join(refused.stderr.split())
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_sqlite_serves_one_machine_and_says_so(fleet: Fleet) -> None:
     alone = {"RANKPRESS_DATABASE_URL": f"sqlite:///{fleet.folder}/alone.db", "RANKPRESS_BLOB_URL": ""}
     assert fleet.run("migrate", **alone).returncode == 0

@@ -2,15 +2,18 @@ import asyncio
 import errno
 import hashlib
 import os
+import shutil
 import threading
 
 import pytest
 
 from service.blobs.errors import BlobStoreAwayError
+from service.blobs.opening import make_store, open_blobs
 from service.blobs.store import BlobStore, checkpoint_key, content_key
 from service.blobs.writer import AsyncBlobWriter
 from service.contract.errors import ErrorCode, ProblemError
 from service.contract.ids import JOB, new_id
+from service.settings import Settings
 
 
 @pytest.fixture
@@ -242,3 +245,63 @@ def test_an_upload_that_ends_early_leaves_nothing(disk, how):
     with pytest.raises(error):
         asyncio.run(upload())
     assert staged_files(disk) == []
+
+
+@pytest.fixture
+def shared(tmp_path):
+    """A folder that machines share, made by the one that migrates, and opened by another."""
+    settings = Settings(data_dir=tmp_path / "data", blob_url=(tmp_path / "shared").as_uri())
+    with pytest.raises(BlobStoreAwayError, match="is it mounted"):
+        open_blobs(settings)
+    assert not (tmp_path / "shared").exists()
+    assert make_store(settings)
+    assert not make_store(settings)
+    return open_blobs(settings)
+
+
+@pytest.mark.parametrize("left", ["nothing", "an empty mount point"])
+def test_a_folder_that_was_unmounted_is_away_and_no_file_is_missing(shared, tmp_path, left):
+    key = shared.keep(stage(shared, b"kept"))
+    (tmp_path / "file").write_bytes(b"more")
+    shared.root.rename(tmp_path / "elsewhere")
+    if left != "nothing":
+        shared.root.mkdir()
+    uses = [
+        lambda: shared.size(key),
+        lambda: shared.open_range(key),
+        lambda: shared.fetch(key, tmp_path),
+        lambda: shared.delete(key),
+        lambda: shared.delete_if_older(key, -60),
+        lambda: list(shared.keys_older_than(-60)),
+        lambda: shared.sweep_staging(0),
+        lambda: shared.put_content(tmp_path / "file"),
+        lambda: shared.put_content(tmp_path / "file", move=True),
+        lambda: stage(shared, b"more"),
+        shared.check,
+    ]
+    for use in uses:
+        with pytest.raises(BlobStoreAwayError, match="is it mounted"):
+            use()
+    assert (tmp_path / "file").exists()
+    assert not shared.root.exists() or list(shared.root.iterdir()) == []
+    if left != "nothing":
+        shared.root.rmdir()
+    (tmp_path / "elsewhere").rename(shared.root)
+    assert read(shared, key) == b"kept"
+
+
+def test_the_store_in_the_data_directory_is_made_at_its_first_use(tmp_path):
+    settings = Settings(data_dir=tmp_path)
+    assert not make_store(settings)
+    store = open_blobs(settings)
+    store.check()
+    shutil.rmtree(store.root)
+    with pytest.raises(BlobStoreAwayError, match="expected the folder"):
+        store.exists(content_key("0" * 64))
+    assert not store.root.exists()
+
+
+def test_an_object_store_needs_no_folder(tmp_path, s3_url):
+    settings = Settings(data_dir=tmp_path, blob_url=s3_url)
+    assert not make_store(settings)
+    open_blobs(settings).check()
