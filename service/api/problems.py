@@ -18,6 +18,7 @@ MEDIA_TYPE = "application/problem+json"
 RETRY_AFTER_SECONDS = 2  # what a client is told to wait when something behind the service is away
 
 _log = structlog.get_logger(__name__)
+_READING = ("GET", "HEAD")
 _METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
 _CODE_OF_STATUS = {
     401: ErrorCode.UNAUTHENTICATED,
@@ -132,7 +133,13 @@ def _allowed_methods(request: Request) -> str:
 
 async def _on_unavailable(request: Request, error: Exception) -> Response:
     _log.error("database away", error=type(error).__name__, reason=str(error).splitlines()[0][:200])
-    detail = "the database does not answer now; nothing was changed, so the same request can be sent again"
+    if request.method in _READING:
+        detail = "the database does not answer now; the same request can be sent again"
+    else:  # the answer to a COMMIT may be what was lost
+        detail = (
+            "the database does not answer now, so this may or may not have been done; send the request again with the "
+            "same Idempotency-Key, or, if it had none, look first whether it was"
+        )
     return respond(ProblemError(ErrorCode.UNAVAILABLE, detail), request_id_of(request))
 
 

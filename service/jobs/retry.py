@@ -29,7 +29,7 @@ def retry_job(services: Services, owner: str, job_id: str, *, from_start: bool, 
     """Start a new job with the model, dataset and spec of one that failed or was canceled.
 
     It goes on from that job's last checkpoint, if one is kept and the spec still resolves to the same values. When this
-    returns, the new job is durable; a raised error means that nothing was accepted.
+    returns, the new job is durable; what a raised error means is the same as for `submit`.
     """
     fingerprint = hashlib.sha256(canonical(["retry", job_id, from_start])).hexdigest()
     if isinstance(key, Replay):

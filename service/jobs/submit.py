@@ -83,7 +83,7 @@ def submit(services: Services, submission: Submission, key: Fresh | Replay | Non
     """Accept a job, or find the one that this idempotency key has started.
 
     When this returns, the job and its first event are durable; the bell is rung after that and may fail. A raised
-    error means that nothing was accepted.
+    error means that nothing was accepted, but for a database that went away: then the key tells, once it is back.
     """
     fingerprint = _fingerprint(submission)
     if isinstance(key, Replay):

@@ -1,11 +1,13 @@
 """A COMMIT that fails at submit: a 5xx and no job, on both databases, and never a 202 for a job that is not there."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 from sqlalchemy import event, text
 from sqlalchemy.exc import OperationalError
+from sqlalchemy.orm import Session
 from starlette.testclient import TestClient
 
 from service.app import create_app
@@ -84,6 +86,39 @@ def test_a_database_that_goes_away_at_the_commit(service: Api, rung: list[str], 
     assert rung == []
     assert ask().status_code == 202  # the key is free again, and no connection is left in the transaction
     assert len(service.jobs()) == before + 1
+
+
+@pytest.mark.parametrize("way", ["submit", "retry"])
+def test_a_commit_whose_answer_is_lost(service: Api, monkeypatch: pytest.MonkeyPatch, way: str) -> None:
+    headers = {"Idempotency-Key": "k"}
+    job_id = service.job_id()
+    service.client.post(f"/v1/jobs/{job_id}/cancel")
+    before = len(service.jobs())
+    write, armed = service.services.database.write, [True]
+
+    @contextmanager
+    def lose_the_answer() -> Iterator[Session]:
+        with write() as session:
+            yield session
+        if armed and len(service.jobs()) > before:
+            armed.clear()
+            raise OperationalError("COMMIT", {}, Exception("server closed the connection unexpectedly"))
+
+    monkeypatch.setattr(service.services.database, "write", lose_the_answer)
+
+    def ask() -> Any:
+        if way == "retry":
+            return service.client.post(f"/v1/jobs/{job_id}/retry", headers=headers)
+        return service.submit(headers=headers)
+
+    problem = assert_problem(ask(), 503, "UNAVAILABLE")
+    assert "may or may not have been done" in problem["detail"]
+    assert "same Idempotency-Key" in problem["detail"]
+    again = ask()
+    assert again.status_code in {200, 202}
+    assert again.headers["idempotency-replayed"] == "true"
+    assert len(service.jobs()) == before + 1
+    assert again.json()["id"] in {job["id"] for job in service.jobs()}
 
 
 def test_a_commit_that_postgresql_itself_refuses(service: Api, rung: list[str]) -> None:

@@ -210,7 +210,8 @@ def test_database_away_is_told(api: Api, table: str, monkeypatch: pytest.MonkeyP
     answer = api.client.get(f"/v1/{table}")
     assert_problem(answer, 503, "UNAVAILABLE")
     assert answer.headers["retry-after"]
-    assert_problem(api.submit(), 503, "UNAVAILABLE")
+    assert answer.json()["detail"] == "the database does not answer now; the same request can be sent again"
+    assert "may or may not" in assert_problem(api.submit(), 503, "UNAVAILABLE")["detail"]
     assert api.staged() == []
 
 
