@@ -7,8 +7,6 @@ from typing import Any, Protocol
 
 from fastapi import Depends, FastAPI
 from fastapi.concurrency import run_in_threadpool
-from sqlalchemy.exc import InterfaceError, OperationalError
-from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from service.api import artifacts, capabilities, datasets, docs, health, jobs, metrics, models, problems, workers
 from service.api.deps import require_key
@@ -19,6 +17,7 @@ from service.jobs import idempotency
 from service.jobs.authentication import Authenticator
 from service.jobs.readiness import Readiness
 from service.services import Services
+from service.store.session import DATABASE_AWAY
 
 PREFIX = "/v1"
 UPLOAD_PATHS = frozenset({f"{PREFIX}/jobs", "/jobs", f"{PREFIX}/models", f"{PREFIX}/datasets"})
@@ -75,7 +74,7 @@ def document() -> dict[str, Any]:
 
 
 def _with_routes(app: FastAPI) -> FastAPI:
-    problems.install(app, unavailable=(OperationalError, InterfaceError, PoolTimeoutError))
+    problems.install(app, unavailable=DATABASE_AWAY)
     protected = [Depends(require_key)]
     # They are tried in this order, and jobs are asked for most.
     for module in (jobs, models, datasets, artifacts, workers, capabilities):

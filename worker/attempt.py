@@ -3,6 +3,7 @@
 import contextlib
 import os
 import shutil
+import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Literal
 
 import structlog
 
-from service.blobs.errors import BlobDamagedError, BlobStoreAwayError
+from service.blobs.errors import BlobDamagedError
 from service.blobs.store import BlobStore
 from service.contract.errors import ErrorCode
 from service.contract.marks import mark
@@ -21,7 +22,7 @@ from service.store.checkpoints import CheckpointRow
 from worker.cache import BlobCache
 from worker.channel import Assignment
 from worker.child import ChildProcess
-from worker.endings import Canceled, Done, Drained, Ending, Failed, failed
+from worker.endings import Canceled, Done, Drained, Ending, Failed, StopAskedError, failed, past_run_deadline
 from worker.lease import Lease
 from worker.relay import Relay
 from worker.sandbox import child_environment
@@ -34,10 +35,6 @@ STAGES: tuple[StageName, ...] = ("learn", "emit", "verify")
 _PHASE_OF_STAGE = {"emit": Phase.EMITTING, "verify": Phase.VERIFYING}
 
 log = structlog.get_logger(__name__)
-
-
-class _StopAskedError(Exception):
-    """A cancel or a drain came between two stages, or while files were fetched."""
 
 
 class _InputGoneError(Exception):
@@ -68,9 +65,9 @@ class JobAttempt:
         self._slot = slot
         self._drain = drain
         self._child_command = child_command
-        self._claimed_at = claimed_at
+        self._run_deadline = claimed_at + claim.run_seconds_limit - claim.run_seconds_used
         self._work_dir = work_dir
-        self._relay = Relay(lease, blobs, claim, self._work_dir)
+        self._relay = Relay(lease, blobs, claim, self._work_dir, self._go_on_storing)
         self._gpu = slot.gpu if claim.device != "cpu" else None
 
     def run(self) -> Ending:
@@ -87,8 +84,8 @@ class JobAttempt:
         try:
             first = self._first_assignment()
             return self._run_stages(first)
-        except _StopAskedError:
-            return Canceled() if self._lease.cancel_requested else Drained()
+        except StopAskedError:
+            return self._stopped()
         except _InputGoneError as error:
             return failed(ErrorCode.INTERNAL, str(error))
         finally:
@@ -108,13 +105,24 @@ class JobAttempt:
             done = ending
         self._relay.enter(Phase.STORING)
         self._relay.flush()
-        return store_results(done, self._claim, self._lease, self._blobs, self._work_dir)
+        return store_results(done, self._claim, self._lease, self._blobs, self._work_dir, self._go_on_storing)
 
     def _go_on(self) -> None:
         """Refuse to begin, or to go on fetching, what is of no use any more."""
         self._lease.check()
-        if self._drain or self._lease.cancel_requested:
-            raise _StopAskedError
+        if self._drain:
+            raise StopAskedError
+        self._go_on_storing()
+
+    def _go_on_storing(self) -> None:
+        """Refuse to wait longer for bytes on their way; those of a worker that stops have the grace of the drain."""
+        if self._lease.cancel_requested or self._drain.over or time.monotonic() >= self._run_deadline:
+            raise StopAskedError
+
+    def _stopped(self) -> Ending:
+        if self._lease.cancel_requested:
+            return Canceled()
+        return Drained() if self._drain else past_run_deadline(self._claim.run_seconds_limit)
 
     def _missing_gpu(self) -> Failed | None:
         wanted = self._claim.min_gpu_memory_bytes
@@ -167,7 +175,7 @@ class JobAttempt:
         def fetch() -> Path:
             return self._cache.fetch(file.blob_key, file.sha256, self._work_dir, keep=keep, between_blocks=self._go_on)
 
-        return self._lease.hold_while(fetch)
+        return self._lease.hold_while(fetch, self._go_on)
 
     def _fetch_input(self, file: InputFile) -> Path:
         try:
@@ -189,11 +197,9 @@ class JobAttempt:
     def _whole_file(self, row: CheckpointRow) -> Path | None:
         try:
             path = self._fetch(row, keep=False)
-            if self._lease.hold_while(partial(sha256_of, path)) == row.sha256:
+            if self._lease.hold_while(partial(sha256_of, path), self._go_on) == row.sha256:
                 return path
-        except BlobStoreAwayError:
-            raise  # it may be whole: the job waits rather than begin again
-        except OSError as error:
+        except (BlobDamagedError, FileNotFoundError) as error:  # of all else it may be whole: the job waits for it
             log.warning("checkpoint_unreadable", position=row.position, error=str(error))
             return None
         log.warning("checkpoint_torn", position=row.position)
@@ -210,7 +216,7 @@ class JobAttempt:
             )
 
         self._lease.check()
-        child = ChildProcess(self._child_command, assignment, environment)
+        child = ChildProcess(self._child_command, self._with_silences(assignment), environment)
         self._lease.fence.guard(child)
         mark("child_started")
         log.info(
@@ -218,11 +224,21 @@ class JobAttempt:
         )
         return StageWatch(child, self._lease, self._relay, self._limits(assignment), self._drain).run()
 
+    def _with_silences(self, assignment: Assignment) -> Assignment:
+        """Let the child outlive the fence's time a little, never the lease: the fence acts first where it can."""
+        settings = self._settings
+        more = (settings.lease_seconds - settings.self_fence_seconds) / 2
+        return assignment.model_copy(
+            update={
+                "first_silence_seconds_max": max(self._lease.fence.seconds_left, 0.0) + more,
+                "silence_seconds_max": settings.self_fence_seconds + more,
+            }
+        )
+
     def _limits(self, assignment: Assignment) -> StageLimits:
-        run_seconds = self._claim.run_seconds_limit
         return StageLimits(
-            run_deadline=self._claimed_at + run_seconds - self._claim.run_seconds_used,
-            run_seconds=run_seconds,
+            run_deadline=self._run_deadline,
+            run_seconds=self._claim.run_seconds_limit,
             first_forward_seconds=assignment.first_forward_seconds,
             cancel_grace_seconds=self._settings.cancel_grace_seconds,
             memory_bytes_max=assignment.memory_bytes_max,

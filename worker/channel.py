@@ -1,9 +1,10 @@
 """The words between a supervisor and its child: one JSON line each, over pipes, without torch on either side.
 
-The supervisor writes one `Assignment` to the child's standard input and keeps it open; when it closes, the child
-exits. The child writes messages to the file descriptor named in `RANKPRESS_CHANNEL_FD`. On `DRAIN_SIGNAL` a child that
-can be resumed writes a checkpoint as soon as it is between two updates, and exits. What a child says is not
-trusted: a line that is too long or does not parse ends the attempt, never the supervisor.
+The supervisor writes one `Assignment` to the child's standard input and keeps it open, with an empty line for each
+heartbeat that was confirmed; when it closes, or nothing comes for too long, the child exits. The child writes messages
+to the file descriptor named in `RANKPRESS_CHANNEL_FD`. On `DRAIN_SIGNAL` a child that can be resumed writes a
+checkpoint as soon as it is between two updates, and exits. What a child says is not trusted: a line that is too long or
+does not parse ends the attempt, never the supervisor.
 """
 
 import os
@@ -42,6 +43,9 @@ class Assignment(_Message):
     work_dir: str  # this attempt's own directory; the stages hand each other files in it
     supervisor_pid: int | None = None  # a child whose parent is another one exits; None for a stage run by hand
     resume_path: str | None = None  # a checkpoint file, for "learn"
+    # Without a sign of the supervisor for so long the child exits: first from its start, then from the last sign.
+    first_silence_seconds_max: float | None = None
+    silence_seconds_max: float | None = None
     thread_count: int = 1
     device: str = "auto"  # "cpu", or "cuda" with CUDA_VISIBLE_DEVICES set to one GPU
     memory_bytes_max: int | None = None

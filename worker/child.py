@@ -1,5 +1,6 @@
 """One stage's process as its supervisor sees it: started, read, signalled and reaped."""
 
+import contextlib
 import os
 import selectors
 import signal
@@ -102,6 +103,13 @@ class ChildProcess:
         with self._reaping:
             if not self._reaped:
                 os.killpg(self.pid, signal_number)
+
+    def show_life(self) -> None:
+        """Let the child know that its supervisor holds the lease; for the thread that reads its messages."""
+        with self._reaping:
+            if not self._reaped and not self._to_say:
+                with contextlib.suppress(BlockingIOError, BrokenPipeError):  # it is stopped, or has ended
+                    os.write(self._stdin.fileno(), b"\n")
 
     def resident_bytes(self) -> int:
         """Sum the resident sizes of the child and its descendants."""

@@ -53,6 +53,10 @@ class Deferred:
 Ending = Done | Failed | Crashed | Canceled | Drained | Deferred
 
 
+class StopAskedError(Exception):
+    """The job is canceled, its worker stops, or its time is up; what this attempt was at is of no use any more."""
+
+
 class LeaseLostError(Exception):
     """The job is not this attempt's any more: nothing is written from here on."""
 
@@ -78,6 +82,15 @@ def out_of_memory(what: str, memory_bytes_max: int) -> Failed:
         "use a smaller batch_size, or raise RANKPRESS_CHILD_MEMORY_BYTES"
     )
     return failed(ErrorCode.OUT_OF_MEMORY, detail)
+
+
+def past_run_deadline(run_seconds: float) -> Failed:
+    """A permanent failure of a job that used up its time."""
+    return failed(
+        ErrorCode.TIMEOUT,
+        f"the job ran for its whole {run_seconds:g} seconds and did not finish: "
+        "raise deadlines.run_seconds, or ask for fewer steps or epochs",
+    )
 
 
 def _signal_name(number: int) -> str:

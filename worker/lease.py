@@ -8,8 +8,6 @@ from concurrent.futures import Future, wait
 from typing import TypeVar
 
 import structlog
-from sqlalchemy.exc import InterfaceError, OperationalError
-from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.orm import Session
 
 from service.contract.events import Progress
@@ -18,12 +16,13 @@ from service.settings import Settings
 from service.store import attempts
 from service.store.attempts import Claim
 from service.store.counters import FENCED_WRITES_REFUSED, count
-from service.store.session import Database
+from service.store.session import DATABASE_AWAY, Database
 from worker.child import ChildProcess
 from worker.endings import LeaseLostError
 
-DATABASE_AWAY = (OperationalError, InterfaceError, PoolTimeoutError, OSError)
 _RETRY_SECONDS = 0.5
+_WRITE_SECONDS = 60.0  # a write that fails for longer, while heartbeats do not, will not come to pass
+_LOOK_SECONDS = 0.5  # between looks at a cancel or a drain while bytes move
 _BEAT_SECONDS_MIN = 0.2  # between heartbeats that a change of phase asks for
 
 T = TypeVar("T")
@@ -50,6 +49,13 @@ class Fence:
         with self._changed:
             self._deadline = max(self._deadline, sent_at + self._seconds)
             self._changed.notify()
+            if self._child is not None:
+                self._child.show_life()
+
+    @property
+    def seconds_left(self) -> float:
+        """How long the child may live without another confirmed heartbeat."""
+        return self._deadline - time.monotonic()
 
     def guard(self, child: ChildProcess) -> None:
         """Kill this child from now on."""
@@ -159,12 +165,15 @@ class Lease:
         LeaseLostError
             When it answered so, or the fence has passed.
         """
+        give_up_at = time.monotonic() + _WRITE_SECONDS
         while True:
             self.check()
             try:
                 with self._database.write() as session:
                     answer = operation(session)
             except DATABASE_AWAY as error:
+                if time.monotonic() > give_up_at:
+                    raise
                 log.warning("write_failed", error=str(error))
                 time.sleep(min(_RETRY_SECONDS, self.heartbeat_seconds))
                 self.beat_if_due()
@@ -193,23 +202,17 @@ class Lease:
         except DATABASE_AWAY as error:
             log.warning("refusal_not_counted", error=str(error))
 
-    def hold_while(self, work: Callable[[], T]) -> T:
+    def hold_while(self, work: Callable[[], T], go_on: Callable[[], None] | None = None) -> T:
         """Do something slow (move bytes) in another thread while the heartbeats go on in this one.
 
-        A lease that is lost meanwhile ends the wait; what the thread still does has no effect.
+        What `go_on` raises at a heartbeat ends the wait, and so does a lost lease; what the thread still does then has
+        no effect.
         """
         future = _aside(work)
-        while not wait([future], timeout=self.heartbeat_seconds / 2).done:
+        while not wait([future], timeout=min(self.heartbeat_seconds / 2, _LOOK_SECONDS)).done:
             self.beat_if_due()
-        return future.result()
-
-    def hold_unless_canceled(self, work: Callable[[], T]) -> T | None:
-        """Do something slow whose result a canceled job does not need; None when the cancel came first."""
-        future = _aside(work)
-        while not wait([future], timeout=self.heartbeat_seconds / 2).done:
-            self.beat_if_due()
-            if self.cancel_requested:
-                return None
+            if go_on is not None:
+                go_on()
         return future.result()
 
 

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ from worker.channel import (
     ResolvedMessage,
 )
 from worker.child import ChannelBrokenError, regular_file
+from worker.endings import StopAskedError
 from worker.lease import Lease
 
 FLUSH_SECONDS = 0.5
@@ -52,13 +53,14 @@ log = structlog.get_logger(__name__)
 class Relay:
     """Collects an attempt's messages and writes them; a row that the lease refuses ends the attempt."""
 
-    def __init__(self, lease: Lease, blobs: BlobStore, claim: Claim, work_dir: Path) -> None:
+    def __init__(self, lease: Lease, blobs: BlobStore, claim: Claim, work_dir: Path, go_on: Callable[[], None]) -> None:
         self._lease = lease
         self._blobs = blobs
         self._job_id = claim.job_id
         self._epoch = claim.epoch
         self._told = set(claim.told)
         self._work_dir = work_dir
+        self._go_on = go_on
         self._events: list[tuple[EventKind, Mapping[str, Any]]] = []
         self._layers: list[LayerFacts] | None = None
         self._ranks: list[RankRow] = []
@@ -170,8 +172,9 @@ class Relay:
         path = regular_file(Path(message.path), self._work_dir)
         key = checkpoint_key(self._job_id, self._epoch, message.position)
         try:
-            if self._lease.hold_unless_canceled(partial(self._put, path, key)) is None:
-                return
+            self._lease.hold_while(partial(self._blobs.put_file, path, key, move=True), self._go_on)
+        except StopAskedError:
+            return  # the stage's watch sees to the rest
         except (BlobStoreAwayError, ProblemError) as error:
             self._do_without(path, error)
             return
@@ -188,10 +191,6 @@ class Relay:
         )
         mark("checkpoint_row")
         self._forget(dropped)
-
-    def _put(self, path: Path, key: str) -> str:
-        self._blobs.put_file(path, key, move=True)
-        return key
 
     def _do_without(self, path: Path, error: Exception) -> None:
         """Go on although a checkpoint could not be stored: the next one may be, and until then nothing is lost."""

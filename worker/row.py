@@ -10,12 +10,12 @@ from importlib.metadata import version
 import structlog
 from sqlalchemy.orm import Session
 
+from service.bell import Bell
 from service.contract.ids import WORKER, new_id
 from service.settings import Settings
 from service.store.attempts import count_claimable
-from service.store.session import Database
+from service.store.session import DATABASE_AWAY, Database
 from service.store.workers import beat_worker, register_worker, retire_worker
-from worker.lease import DATABASE_AWAY
 from worker.slots import Slots
 
 log = structlog.get_logger(__name__)
@@ -25,16 +25,24 @@ class WorkerRow:
     """Registers the worker, beats, and notices when the worker has become deaf.
 
     A consumer can stop consuming while its process lives (known of Celery on Redis after a reconnect): jobs wait, a
-    slot is idle, and no bell arrives. `on_deaf` is called once that has lasted `worker_deaf_seconds`.
+    slot is free, and no bell arrives. With a bell that reaches the broker all the same, `on_deaf` is called once that
+    has lasted `worker_deaf_seconds`.
     """
 
     def __init__(
-        self, database: Database, settings: Settings, slots: Slots, *, on_deaf: Callable[[], None] | None = None
+        self,
+        database: Database,
+        settings: Settings,
+        slots: Slots,
+        *,
+        bell: Bell | None = None,
+        on_deaf: Callable[[], None] | None = None,
     ) -> None:
         self.worker_id = new_id(WORKER)
         self._database = database
         self._settings = settings
         self._slots = slots
+        self._bell = bell
         self._on_deaf = on_deaf
         self._waiting_since: float | None = None
         self._stopped = threading.Event()
@@ -60,8 +68,13 @@ class WorkerRow:
 
     def _run(self) -> None:
         while not self._stopped.wait(self._settings.heartbeat_seconds):
-            self._beat()
-            if self._deaf() and self._on_deaf is not None:
+            try:
+                self._beat()
+                deaf = self._deaf()
+            except Exception:
+                log.exception("worker_row_failed", worker_id=self.worker_id)  # a row that is silent is gone
+                continue
+            if deaf and self._on_deaf is not None:
                 log.error("worker_deaf", worker_id=self.worker_id, seconds=self._settings.worker_deaf_seconds)
                 self._on_deaf()
 
@@ -87,8 +100,8 @@ class WorkerRow:
         )
 
     def _deaf(self) -> bool:
-        """Whether jobs that this worker could run have waited for long while it was idle."""
-        if self._on_deaf is None or self._slots.busy or not self._jobs_wait():
+        """Whether a job that a free slot here could run has waited for long, although bells can be heard."""
+        if self._bell is None or not self._job_waits_for_a_slot() or not self._broker_answers():
             self._waiting_since = None
             return False
         now = time.monotonic()
@@ -96,10 +109,16 @@ class WorkerRow:
             self._waiting_since = now
         return now - self._waiting_since >= self._settings.worker_deaf_seconds
 
-    def _jobs_wait(self) -> bool:
-        memory_bytes = max((gpu.memory_bytes or 0 for gpu in self._slots.gpus), default=0)
+    def _job_waits_for_a_slot(self) -> bool:
+        free = {queue: self._slots.memory_bytes_free(queue) for queue in self._slots.queues}
         try:
             with self._database.read() as session:
-                return any(count_claimable(session, queue, memory_bytes) for queue in self._slots.queues)
+                return any(
+                    bytes_free is not None and count_claimable(session, queue, bytes_free)
+                    for queue, bytes_free in free.items()
+                )
         except DATABASE_AWAY:
             return False
+
+    def _broker_answers(self) -> bool:
+        return self._bell is not None and self._bell.queue_depth(self._slots.queues[0]) is not None

@@ -3,7 +3,9 @@
 Started as ``python -m worker.runner`` with an `Assignment` on standard input; it answers over the channel alone.
 """
 
+import errno
 import json
+import os
 import resource
 import signal
 import sys
@@ -36,6 +38,7 @@ from worker.channel import (
 from worker.sandbox import apply_limits
 
 EXIT_PROBLEM = 65  # EX_DATAERR: the problem was said over the channel
+NO_ROOM = os.strerror(errno.ENOSPC)
 EXIT_INTERNAL = 70  # EX_SOFTWARE
 PHASES_FILE = "phases.json"
 PROGRESS_SECONDS = 0.5  # progress is told at most this often
@@ -214,6 +217,9 @@ def _unexpected(error: BaseException, assignment: Assignment) -> FailedMessage:
     """Say an exception that no code foresaw; want of memory is the job's own doing and final."""
     from worker.engine.forward import out_of_memory  # noqa: PLC0415
 
+    if NO_ROOM in str(error):  # of whatever class: Python, torch and safetensors each have their own
+        detail = f"there is no room left on the worker's disk: {str(error)[:300]}"
+        return failure(ProblemError(ErrorCode.STORAGE_FULL, detail), permanent=False)
     if out_of_memory(error):
         return failure(_bounded(str(error)[:300], assignment))
     detail = f"the engine met an error of its own: {type(error).__name__}: {str(error)[:500]}"

@@ -3,6 +3,7 @@
 import ctypes
 import os
 import resource
+import select
 import signal
 import threading
 from collections.abc import Mapping
@@ -23,7 +24,8 @@ _INHERITED = ("PATH", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "LD_LIBRARY_PATH", "VI
 def apply_limits(assignment: Assignment) -> None:
     """Bind this process to its supervisor and to its limits; the first thing a child does with its assignment.
 
-    From here on the child dies with the supervisor's thread, or when its standard input closes.
+    From here on the child dies with the supervisor's thread, when its standard input closes, or when nothing comes
+    there for as long as the supervisor itself would let it live without a confirmed heartbeat, and a little more.
     """
     _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if assignment.supervisor_pid is not None and os.getppid() != assignment.supervisor_pid:
@@ -34,7 +36,8 @@ def apply_limits(assignment: Assignment) -> None:
     if assignment.memory_bytes_max is not None and assignment.device != "cuda":
         # CUDA reserves far more address space than it uses; there the supervisor watches the resident size.
         _lower(resource.RLIMIT_AS, assignment.memory_bytes_max)
-    threading.Thread(target=_exit_when_stdin_closes, name="supervisor-watch", daemon=True).start()
+    silences = (assignment.first_silence_seconds_max, assignment.silence_seconds_max)
+    threading.Thread(target=_exit_without_supervisor, args=silences, name="supervisor-watch", daemon=True).start()
 
 
 def child_environment(
@@ -79,9 +82,15 @@ def _lower(limit: int, value: int) -> None:
     resource.setrlimit(limit, (bound, bound))
 
 
-def _exit_when_stdin_closes() -> None:
-    while os.read(_STDIN_FD, 4096):
-        pass
+def _readable(seconds: float | None) -> bool:
+    """Whether something comes in time; this process may itself have stood still meanwhile, so look once more."""
+    return any(select.select([_STDIN_FD], [], [], wait)[0] for wait in (seconds, 0))
+
+
+def _exit_without_supervisor(first_seconds: float | None, seconds: float | None) -> None:
+    """Wait for the end of standard input, or for too long a silence: of a supervisor that is stopped, or cut off."""
+    while _readable(first_seconds) and os.read(_STDIN_FD, 4096):
+        first_seconds = seconds
     if os.getpgrp() == os.getpid():
         os.killpg(0, signal.SIGKILL)
     os._exit(1)

@@ -1,7 +1,7 @@
 """How many children run here at once, and what each may use: one GPU, or a share of the cores."""
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -28,8 +28,8 @@ class Slots:
     def __init__(self, settings: Settings, gpus: Sequence[Gpu] | None = None) -> None:
         found = list(visible_gpus() if gpus is None else gpus)
         self.queues = _queues(settings, found)
-        self.gpus = found if "gpu" in self.queues else []
-        self.count = settings.slots or max(len(self.gpus), 1)
+        self.count = settings.slots or (max(len(found), 1) if "gpu" in self.queues else 1)
+        self.gpus = found[: self.count] if "gpu" in self.queues else []
         self._thread_count = settings.threads_per_child(self.count)
         self._memory_bytes = settings.memory_per_child_bytes(self.count)
         self._free = set(range(self.count))
@@ -42,13 +42,15 @@ class Slots:
             return self.count - len(self._free)
 
     @contextmanager
-    def take(self, queue: str) -> Iterator[Slot | None]:
-        """Take a free slot for a job of the queue, or None: with a GPU for "gpu", and for "cpu" one without if it can.
+    def take(self, queue: str, beyond: Collection[int] = ()) -> Iterator[Slot | None]:
+        """Take a free slot for a job of the queue, but none of those numbers, or None if there is none.
+
+        For "gpu" it is the one with the least GPU; for "cpu" one without a GPU if it can.
 
         An embedded worker without a GPU takes jobs for one too: their child says what is missing.
         """
         with self._changed:
-            number = self._best(queue)
+            number = self._best(queue, beyond)
             if number is not None:
                 self._free.remove(number)
         if number is None:
@@ -61,10 +63,21 @@ class Slots:
             with self._changed:
                 self._free.add(number)
 
-    def _best(self, queue: str) -> int | None:
+    def memory_bytes_free(self, queue: str) -> int | None:
+        """What a job of the queue may ask of a GPU now: the most that a free slot has; None where no slot is free."""
+        with self._changed:
+            free = [number for number in self._free if queue == "cpu" or not self.gpus or number < len(self.gpus)]
+            return max((self._memory_bytes_of(number) for number in free), default=None)
+
+    def _best(self, queue: str, beyond: Collection[int]) -> int | None:
+        free = self._free.difference(beyond)
         if queue == "gpu" and self.gpus:
-            return min((number for number in self._free if number < len(self.gpus)), default=None)
-        return max(self._free, default=None)
+            with_gpu = (number for number in free if number < len(self.gpus))
+            return min(with_gpu, key=lambda number: (self._memory_bytes_of(number), number), default=None)
+        return max(free, default=None)
+
+    def _memory_bytes_of(self, number: int) -> int:
+        return (self.gpus[number].memory_bytes or 0) if number < len(self.gpus) else 0
 
 
 def _queues(settings: Settings, gpus: Sequence[Gpu]) -> tuple[str, ...]:

@@ -20,6 +20,7 @@ from worker.child import ChannelBrokenError, ChildProcess
 from worker.endings import (
     Canceled,
     Crashed,
+    Deferred,
     Done,
     Drained,
     Ending,
@@ -27,6 +28,7 @@ from worker.endings import (
     ending_without_message,
     failed,
     out_of_memory,
+    past_run_deadline,
 )
 from worker.lease import Lease
 from worker.relay import Relay
@@ -40,6 +42,7 @@ class Drain:
 
     def __init__(self) -> None:
         self._asked = threading.Event()
+        self._over_at = 0.0
         self.grace_seconds = 0.0
 
     def __bool__(self) -> bool:
@@ -48,7 +51,13 @@ class Drain:
     def ask(self, grace_seconds: float) -> None:
         """Ask; the running attempts see it within a tick."""
         self.grace_seconds = grace_seconds
+        self._over_at = time.monotonic() + grace_seconds
         self._asked.set()
+
+    @property
+    def over(self) -> bool:
+        """Whether the time for saving things is up."""
+        return bool(self) and time.monotonic() >= self._over_at
 
 
 @dataclass(frozen=True)
@@ -61,6 +70,12 @@ class StageLimits:
     cancel_grace_seconds: float
     memory_bytes_max: int | None
     watch_resident: bool  # where the address space is not limited
+
+
+def _failure(message: FailedMessage) -> Ending:
+    if message.problem.code == ErrorCode.STORAGE_FULL:
+        return Deferred(message.problem.detail)
+    return Failed(message.problem, message.permanent)
 
 
 class StageWatch:
@@ -137,7 +152,7 @@ class StageWatch:
         if isinstance(message, DoneMessage):
             self._leave(Done(message.result))
         elif isinstance(message, FailedMessage):
-            self._leave(Failed(message.problem, message.permanent))
+            self._leave(_failure(message))
         else:
             self._relay.take(message)
 
@@ -156,7 +171,7 @@ class StageWatch:
         elif self._drain:
             self._stop(Drained(), self._drain.grace_seconds, DRAIN_SIGNAL)
         elif now >= self._limits.run_deadline:
-            self._stop(self._past_deadline(), grace_seconds=0.0)
+            self._stop(past_run_deadline(self._limits.run_seconds), grace_seconds=0.0)
         elif self._forward_since is not None and now >= self._forward_since + self._limits.first_forward_seconds:
             self._stop(self._past_first_forward(), grace_seconds=0.0)
         elif self._limits.watch_resident and now >= self._resident_next:
@@ -174,13 +189,6 @@ class StageWatch:
         self._stopping = ending
         self._kill_at = time.monotonic() + grace_seconds
         self._child.signal_group(asking if grace_seconds > 0 else signal.SIGKILL)
-
-    def _past_deadline(self) -> Failed:
-        return failed(
-            ErrorCode.TIMEOUT,
-            f"the job ran for its whole {self._limits.run_seconds:g} seconds and did not finish: "
-            "raise deadlines.run_seconds, or ask for fewer steps or epochs",
-        )
 
     def _past_first_forward(self) -> Failed:
         seconds = self._limits.first_forward_seconds

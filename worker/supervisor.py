@@ -1,10 +1,12 @@
 """Claims jobs and sees each attempt to its end; the same in the embedded mode and on many machines."""
 
+import errno
 import os
 import socket
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 import structlog
 from sqlalchemy.orm import Session
@@ -13,24 +15,27 @@ from structlog.contextvars import bound_contextvars
 from service.bell import Bell
 from service.blobs.errors import BlobStoreAwayError
 from service.blobs.store import BlobStore
-from service.contract.errors import ErrorCode, ProblemError
+from service.contract.errors import ErrorCode, Problem, ProblemError
 from service.contract.marks import mark
 from service.contract.states import AttemptOutcome, JobState
 from service.settings import Settings
 from service.store import attempts
 from service.store.attempts import Claim, backoff_seconds
-from service.store.session import Database
+from service.store.events import told_before
+from service.store.session import DATABASE_AWAY, Database
 from worker.attempt import JobAttempt
 from worker.cache import BlobCache
 from worker.child import ChannelBrokenError
 from worker.endings import Canceled, Crashed, Deferred, Done, Drained, Ending, Failed, LeaseLostError
-from worker.lease import DATABASE_AWAY, Lease
+from worker.lease import Lease
 from worker.scratch import Scratch
 from worker.slots import Slot, Slots
 from worker.stage import Drain
 
 CHILD_COMMAND = (sys.executable, "-m", "worker.runner")
 
+UNCOUNTED = frozenset({AttemptOutcome.DRAINED, AttemptOutcome.DEFERRED})
+DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.EROFS})
 DEFERRED_AS_TRY = 3  # a job whose surroundings are away waits as after its third try, and as often as need be
 
 log = structlog.get_logger(__name__)
@@ -77,17 +82,21 @@ class Supervisor:
         return any(self._run_from(queue) for queue in self._slots.queues)
 
     def _run_from(self, queue: str) -> bool:
-        with self._slots.take(queue) as slot:
-            if slot is None or self._drain:
-                return False
-            claimed_at = time.monotonic()
-            claim = self._claim(queue, slot)
-            if claim is None:
-                return False
-            with bound_contextvars(job_id=claim.job_id, epoch=claim.epoch):  # on every line that this thread logs
-                mark("after_claim")
-                self._supervise(claim, slot, claimed_at)
-        return True
+        tried: set[int] = set()
+        while True:
+            with self._slots.take(queue, tried) as slot:
+                if slot is None or self._drain:
+                    return False
+                claimed_at = time.monotonic()
+                claim = self._claim(queue, slot)
+                if claim is not None:
+                    with bound_contextvars(job_id=claim.job_id, epoch=claim.epoch):  # on each line of this thread
+                        mark("after_claim")
+                        self._supervise(claim, slot, claimed_at)
+                    return True
+                if slot.gpu is None:
+                    return False
+                tried.add(slot.number)  # what waits may want a larger GPU, which another slot has
 
     def drain(self, grace_seconds: float | None = None) -> None:
         """Claim nothing more; running children may save themselves; their jobs go back to the queue uncounted."""
@@ -96,7 +105,7 @@ class Supervisor:
     def _claim(self, queue: str, slot: Slot) -> Claim | None:
         try:
             with self._database.write() as session:
-                return attempts.claim(
+                claimed = attempts.claim(
                     session,
                     queue=queue,
                     worker_id=self._worker_id,
@@ -109,6 +118,15 @@ class Supervisor:
         except DATABASE_AWAY as error:
             log.warning("claim_failed", queue=queue, error=str(error))
             return None
+        return claimed if claimed is None or claimed.epoch == 1 else replace(claimed, told=self._told(claimed))
+
+    def _told(self, claim: Claim) -> frozenset[str]:
+        try:
+            with self._database.read() as session:
+                return told_before(session, claim.job_id)
+        except DATABASE_AWAY as error:
+            log.warning("history_not_read", job_id=claim.job_id, error=str(error))
+            return frozenset()
 
     def _memory_claimed(self, slot: Slot) -> int:
         """What a job may ask of this slot's GPU; where one process is all there is, its child says what is missing."""
@@ -154,17 +172,8 @@ class Supervisor:
             return attempt.run()
         except LeaseLostError:
             raise
-        except ChannelBrokenError as error:
-            return Crashed(str(error))
-        except BlobStoreAwayError as error:
-            return Deferred(f"the blob store is away: {error}")
-        except ProblemError as error:
-            if error.code != ErrorCode.STORAGE_FULL:
-                raise
-            return Deferred(error.detail)
-        except Exception as error:
-            log.exception("attempt_failed")
-            return Crashed(f"the worker met an error of its own: {type(error).__name__}: {error}")
+        except Exception as error:  # noqa: BLE001 - it is logged there, or said in the attempt's row
+            return _ending_of(error)
 
     def _end(self, session: Session, claim: Claim, ending: Ending) -> bool:
         """Write how the attempt ended; False when it is not the live one."""
@@ -172,9 +181,8 @@ class Supervisor:
             return attempts.finish_failed(session, claim.job_id, claim.epoch, ending.problem)
         if isinstance(ending, Canceled):
             return attempts.finish_canceled(session, claim.job_id, claim.epoch)
-        outcome = AttemptOutcome.DRAINED if isinstance(ending, Drained) else AttemptOutcome.CRASHED
-        state = self._requeue(session, claim, outcome, _detail(ending), counted=not isinstance(ending, Deferred))
-        return state is not None
+        problem = ending.problem if isinstance(ending, Failed) else None
+        return self._requeue(session, claim, _outcome_of(ending), _detail(ending), problem) is not None
 
     def _give_back(self, session: Session, claim: Claim) -> bool:
         """Free a job whose lease this attempt has let run out, if no other attempt has it yet."""
@@ -182,20 +190,47 @@ class Supervisor:
         return self._requeue(session, claim, AttemptOutcome.LOST, detail) is not None
 
     def _requeue(
-        self, session: Session, claim: Claim, outcome: AttemptOutcome, detail: str | None, *, counted: bool = True
+        self,
+        session: Session,
+        claim: Claim,
+        outcome: AttemptOutcome,
+        detail: str | None,
+        problem: Problem | None = None,
     ) -> JobState | None:
+        counted = outcome not in UNCOUNTED
         tries = claim.attempt if counted else DEFERRED_AS_TRY
         delay = backoff_seconds(tries, self._settings.retry_base_seconds, self._settings.retry_cap_seconds)
-        drained = outcome is AttemptOutcome.DRAINED
         return attempts.requeue(
             session,
             claim.job_id,
             claim.epoch,
             outcome=outcome,
-            delay_seconds=0.0 if drained else delay,
-            counted=counted and not drained,
+            delay_seconds=0.0 if outcome is AttemptOutcome.DRAINED else delay,
+            counted=counted,
             detail=detail,
+            problem=problem,
         )
+
+
+def _ending_of(error: Exception) -> Ending:
+    """What an attempt comes to that met an error outside of its child."""
+    if isinstance(error, ChannelBrokenError):
+        return Crashed(str(error))
+    if isinstance(error, BlobStoreAwayError):
+        return Deferred(f"the blob store is away: {error}")
+    if isinstance(error, ProblemError) and error.code == ErrorCode.STORAGE_FULL:
+        return Deferred(error.detail)
+    if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+        return Deferred(f"this machine's disk, or a folder mounted here, failed: {error}")
+    log.error("attempt_failed", exc_info=error)
+    return Crashed(f"the worker met an error of its own: {type(error).__name__}: {error}")
+
+
+def _outcome_of(ending: Ending) -> AttemptOutcome:
+    """How an attempt ended whose job goes back to the queue."""
+    if isinstance(ending, Drained):
+        return AttemptOutcome.DRAINED
+    return AttemptOutcome.DEFERRED if isinstance(ending, Deferred) else AttemptOutcome.CRASHED
 
 
 def _detail(ending: Ending) -> str | None:

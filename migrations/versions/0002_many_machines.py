@@ -26,6 +26,12 @@ _ADDED = (
 )
 
 
+def _set_outcomes(outcomes: str) -> None:
+    with op.batch_alter_table("attempts") as batch:
+        batch.drop_constraint(op.f("ck_attempts_outcome"), type_="check")
+        batch.create_check_constraint(op.f("ck_attempts_outcome"), f"outcome IS NULL OR outcome IN ({outcomes})")
+
+
 def upgrade() -> None:
     op.create_table(
         "counters",
@@ -43,6 +49,7 @@ def upgrade() -> None:
     op.execute("UPDATE jobs SET queue = 'cpu'")  # there was one queue, of whatever name
     op.create_index("ix_jobs_finished_at", "jobs", ["finished_at"], sqlite_where=_TERMINAL, postgresql_where=_TERMINAL)
     op.add_column("attempts", sa.Column("gpu", sa.Text(), nullable=True))
+    _set_outcomes("'succeeded', 'failed', 'canceled', 'crashed', 'deferred', 'drained', 'lost'")
     op.drop_index("ix_checkpoints_job_id_epoch_step", table_name="checkpoints")
     with op.batch_alter_table("checkpoints") as batch:
         batch.alter_column(
@@ -78,6 +85,8 @@ def downgrade() -> None:
     op.create_index("ix_checkpoints_job_id_epoch_step", "checkpoints", ["job_id", "epoch", "step"])
     op.drop_index("ix_jobs_finished_at", table_name="jobs")
     op.execute("UPDATE jobs SET queue = 'rankpress'")
+    op.execute("UPDATE attempts SET outcome = 'crashed' WHERE outcome = 'deferred'")
+    _set_outcomes("'succeeded', 'failed', 'canceled', 'crashed', 'drained', 'lost'")
     for table, column in _ADDED:
         op.execute(f"ALTER TABLE {table} DROP COLUMN {column}")
     op.drop_table("counters")

@@ -28,6 +28,7 @@ class AttemptOutcome(StrEnum):
     FAILED = "failed"  # permanent: the job failed with it
     CANCELED = "canceled"
     CRASHED = "crashed"  # the child died; the job went back to the queue or failed as WORKER_LOST
+    DEFERRED = "deferred"  # a store or a disk that it needs was away; not counted
     DRAINED = "drained"  # the worker was asked to stop; not counted
     LOST = "lost"  # the lease ran out
 

@@ -12,7 +12,7 @@ from service.contract.ids import ATTEMPT, new_id
 from service.contract.resources import AttemptResource, ResultSummary
 from service.contract.states import AttemptOutcome, JobState, Phase
 from service.store.checkpoints import CheckpointRow, list_checkpoints
-from service.store.events import append_events, told_before
+from service.store.events import append_events
 from service.store.fence import hold_lease, leased
 from service.store.tables import Attempt, Dataset, Job, Model
 from service.store.time import database_time
@@ -52,7 +52,7 @@ class Claim:
     run_seconds_used: float  # by earlier attempts
     run_seconds_limit: float
     fraction: float  # how far an earlier attempt was seen to be
-    told: frozenset[str]  # what the history already says of steps, metrics and warnings
+    told: frozenset[str] = frozenset()  # what the history already says of steps, metrics and warnings
 
 
 @dataclass(frozen=True)
@@ -268,7 +268,6 @@ def _claim_of(session: Session, row: Job) -> Claim:
         run_seconds_used=row.run_seconds_used,
         run_seconds_limit=row.run_seconds_limit,
         fraction=Progress.model_validate(row.progress).fraction,
-        told=told_before(session, row.id) if row.lease_epoch > 1 else frozenset(),
     )
 
 

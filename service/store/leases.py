@@ -1,6 +1,6 @@
 """What becomes of leases that nobody prolongs any more."""
 
-from sqlalchemy import ColumnElement, and_, exists, select, update
+from sqlalchemy import ColumnElement, and_, exists, or_, select, update
 from sqlalchemy.orm import Session
 
 from service.contract.states import AttemptOutcome, JobState
@@ -55,35 +55,31 @@ def cancel_flagged(session: Session) -> list[str]:
 def close_lost_attempts(session: Session) -> int:
     """Close attempts that stand open although their job has moved on; returns how many."""
     alive = exists().where(Job.id == Attempt.job_id, Job.lease_epoch == Attempt.epoch, Job.state == JobState.RUNNING)
-    close = (
-        update(Attempt)
-        .where(Attempt.ended_at.is_(None), ~alive)
-        .values(ended_at=database_time(), outcome=AttemptOutcome.LOST)
-        .returning(Attempt.id)
-    )
-    closed = len(session.execute(close).all())
-    if closed:
-        count(session, ATTEMPTS_ENDED, AttemptOutcome.LOST, closed)
-    return closed
+    stands_open = select(Attempt.id).where(Attempt.ended_at.is_(None), ~alive).limit(BATCH)
+    ids = list(session.scalars(stands_open.with_for_update(skip_locked=True)))
+    close = update(Attempt).where(Attempt.id.in_(ids)).values(ended_at=database_time(), outcome=AttemptOutcome.LOST)
+    if ids:
+        session.execute(close)
+        count(session, ATTEMPTS_ENDED, AttemptOutcome.LOST, len(ids))
+    return len(ids)
 
 
 def move_stranded(session: Session) -> int:
-    """Move waiting jobs of device "auto", whose queue no live worker serves, to a queue that is served."""
+    """Move waiting jobs of device "auto" whose queue nobody serves, or has lately, to one that is served.
+
+    Those that have not begun go to the GPUs as soon as there are some, where submits put them.
+    """
     served = served_queues(session)
     if not served:
         return 0
-    stranded = (
-        update(Job)
-        .where(
-            Job.state == JobState.QUEUED,
-            Job.device == "auto",
-            Job.min_gpu_memory_bytes.is_(None),
-            Job.queue.not_in(served),
-        )
-        .values(queue=min(served))
-        .returning(Job.id)
-    )
-    return len(session.execute(stranded).all())
+    any_device = and_(Job.state == JobState.QUEUED, Job.device == "auto", Job.min_gpu_memory_bytes.is_(None))
+    best = "gpu" if "gpu" in served else min(served)
+    misplaced = or_(Job.queue.not_in(served), and_(Job.queue != best, Job.lease_epoch == 0))
+    moving = select(Job.id).where(any_device, misplaced).limit(BATCH).with_for_update(skip_locked=True)
+    ids = list(session.scalars(moving))
+    if ids:
+        session.execute(update(Job).where(Job.id.in_(ids)).values(queue=best))
+    return len(ids)
 
 
 def _release(

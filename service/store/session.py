@@ -6,7 +6,8 @@ from typing import Any
 
 from sqlalchemy import Connection, Engine, create_engine, event, select, text
 from sqlalchemy.engine import make_url
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import InterfaceError, InternalError, OperationalError, SQLAlchemyError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.orm import Session
 
 from service.store.counters import write_counts
@@ -15,6 +16,10 @@ from service.store.time import database_time
 BUSY_TIMEOUT_MS = 10_000
 CONNECT_TIMEOUT_SECONDS = 5
 STATEMENT_SECONDS = 10.0
+
+# What is raised while the database is away, has no connection left, or (as an InternalError) is read-only after a
+# failover or on a full disk, or has ended a transaction whose process stood still.
+DATABASE_AWAY = (OperationalError, InterfaceError, InternalError, PoolTimeoutError)
 _SQLITE_PRAGMAS = (
     f"PRAGMA busy_timeout = {BUSY_TIMEOUT_MS}",
     "PRAGMA journal_mode = WAL",

@@ -170,7 +170,8 @@ class Attempt(Base):
         UniqueConstraint("job_id", "epoch"),
         CheckConstraint("(outcome IS NULL) = (ended_at IS NULL)", name="ended_iff_outcome"),
         CheckConstraint(
-            "outcome IS NULL OR outcome IN ('succeeded', 'failed', 'canceled', 'crashed', 'drained', 'lost')",
+            "outcome IS NULL OR outcome IN "
+            "('succeeded', 'failed', 'canceled', 'crashed', 'deferred', 'drained', 'lost')",
             name="outcome",
         ),
         Index(

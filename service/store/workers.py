@@ -3,11 +3,14 @@
 from collections.abc import Sequence
 from typing import Any
 
-from sqlalchemy import delete, insert, select, update
+from sqlalchemy import delete, or_, select, update
 from sqlalchemy.orm import Session
 
 from service.store.tables import Worker
 from service.store.time import database_time
+from service.store.upserts import insert_if_absent
+
+SERVED_SECONDS = 300.0  # a worker that is started again, or a machine, is back by then
 
 
 def register_worker(
@@ -21,18 +24,17 @@ def register_worker(
     version: str = "",
     devices: dict[str, Any] | None = None,
 ) -> None:
-    """Make a worker known; ids are made with `new_id(WORKER)`, one for each start."""
-    session.execute(
-        insert(Worker).values(
-            id=worker_id,
-            host=host,
-            pid=pid,
-            queues=list(queues),
-            slots=slots,
-            version=version,
-            devices=devices or {},
-        )
-    )
+    """Make a worker known; ids are made with `new_id(WORKER)`, one for each start. Doing it again is harmless."""
+    values = {
+        "id": worker_id,
+        "host": host,
+        "pid": pid,
+        "queues": list(queues),
+        "slots": slots,
+        "version": version,
+        "devices": devices or {},
+    }
+    insert_if_absent(session, Worker, values)
 
 
 def beat_worker(session: Session, worker_id: str, busy: int) -> bool:
@@ -64,9 +66,10 @@ def idle_slots(session: Session, queue: str) -> int:
     return sum(max(worker.slots - worker.busy, 0) for worker in list_workers(session) if queue in worker.queues)
 
 
-def served_queues(session: Session) -> set[str]:
-    """The queues that some live worker serves."""
-    return {queue for worker in list_workers(session) for queue in worker.queues}
+def served_queues(session: Session, within_seconds: float = SERVED_SECONDS) -> set[str]:
+    """The queues that some worker serves, or has served a short while ago: it may be starting again."""
+    recent = or_(Worker.gone_at.is_(None), Worker.last_seen_at > database_time(-within_seconds))
+    return {queue for queues in session.scalars(select(Worker.queues).where(recent)) for queue in queues}
 
 
 def forget_gone_workers(session: Session, keep_seconds: float) -> int:

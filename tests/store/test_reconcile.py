@@ -7,15 +7,16 @@ from submissions import claim_job, submit_job
 
 from service.bell import Bell, broker_queue, make_celery
 from service.blobs.store import BlobStore
-from service.contract.states import JobState
+from service.contract.states import AttemptOutcome, JobState
 from service.reconcile import Reconciler
 from service.settings import QUEUES, Settings
-from service.store.attempts import finish_canceled
+from service.store.attempts import finish_canceled, requeue
 from service.store.checkpoints import insert_checkpoint
 from service.store.jobs import get_job
 from service.store.models import upsert_model
-from service.store.tables import Job
+from service.store.tables import Job, Worker
 from service.store.time import database_time
+from service.store.workers import register_worker, retire_worker
 
 
 @pytest.fixture
@@ -114,3 +115,33 @@ def test_it_runs_in_a_thread_until_it_is_stopped(sweeper):
     sweeper.stop()
     assert sweeper.bell.queue_depth("cpu") == 1
     assert not sweeper._thread.is_alive()
+
+
+def test_jobs_of_any_device_are_where_a_worker_is(sweeper):
+    def queues():
+        with sweeper.database.read() as session:
+            return [get_job(session, job_id, None).queue for job_id in (any_device, for_the_gpu, begun)]
+
+    def register(name, queue):
+        with sweeper.database.write() as session:
+            register_worker(session, name, host="h", pid=1, queues=[queue], slots=1)
+
+    any_device = submit_job(sweeper.database, queue="gpu")
+    for_the_gpu = submit_job(sweeper.database, queue="gpu", device="cuda")
+    begun = submit_job(sweeper.database, queue="cpu", device="auto", priority=-1)
+    claim_job(sweeper.database)
+    with sweeper.database.write() as session:
+        requeue(session, begun, 1, outcome=AttemptOutcome.DRAINED, delay_seconds=0, counted=False)
+    assert sweeper.stranded_jobs() == 0  # nobody is there: one queue is as good as the other
+    register("wrk_gpu", "gpu")
+    with sweeper.database.write() as session:
+        retire_worker(session, "wrk_gpu")
+    register("wrk_cpu", "cpu")
+    assert sweeper.stranded_jobs() == 0  # the GPU's worker may be starting again
+    old = update(Worker).where(Worker.id == "wrk_gpu").values(last_seen_at=database_time(-3600))
+    with sweeper.database.write() as session:
+        session.execute(old)
+    assert (sweeper.stranded_jobs(), queues()) == (1, ["cpu", "gpu", "cpu"])
+    register("wrk_gpu_2", "gpu")
+    assert (sweeper.stranded_jobs(), queues()) == (1, ["gpu", "gpu", "cpu"])  # what has begun stays
+    assert sweeper.stranded_jobs() == 0

@@ -71,7 +71,7 @@ class House:
             staged = writer.finish()
         return staged.sha256, self.blobs.keep(staged), staged.bytes
 
-    def submit(self, script, *, spec=None, dataset=None, run_seconds=60.0, name="digits.pt"):
+    def submit(self, script, *, spec=None, dataset=None, run_seconds=60.0, name="digits.pt", queue="cpu", **more):
         """A job whose child does what the script says."""
         spec = {"budget": {"max_macs_fraction": 0.5}, "device": "cpu", **(spec or {})}
         sha256, key, size = self.put(json.dumps({**script, "unique": new_id(JOB)}).encode())
@@ -90,10 +90,11 @@ class House:
                     requested_spec=spec,
                     spec=spec,
                     spec_sha256=hashlib.sha256(json.dumps(spec).encode()).hexdigest(),
-                    queue="cpu",
+                    queue=queue,
                     device=spec["device"],
                     max_attempts=self.settings.max_attempts,
                     run_seconds_limit=run_seconds,
+                    **more,
                 ),
             )
         return job_id

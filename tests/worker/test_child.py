@@ -194,3 +194,22 @@ def test_sandbox_and_channel_import_nothing_of_the_service_side():
     )
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert answer.stdout.strip() == "[]"
+
+
+def test_a_child_whose_supervisor_is_silent_exits(start):
+    started = start([["sleep", 60]], first_silence_seconds_max=0.5, silence_seconds_max=0.5)
+    began = time.monotonic()
+    assert started.finish() == -signal.SIGKILL
+    assert time.monotonic() - began < 5
+
+
+def test_a_child_that_hears_of_its_supervisor_lives(start):
+    started = start([["sleep", 2.5], ["done"]], first_silence_seconds_max=5.0, silence_seconds_max=1.0)
+    until = time.monotonic() + 30
+
+    def over():
+        started.child.show_life()
+        return started.child.exited() and started.child.drained()
+
+    started.read_until(over, seconds=until - time.monotonic())
+    assert started.child.close() == 0

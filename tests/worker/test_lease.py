@@ -10,7 +10,7 @@ from sqlalchemy.exc import OperationalError
 from service.contract.states import AttemptOutcome, JobState
 from service.store import attempts
 from service.store.counters import FENCED_WRITES_REFUSED, read_counters
-from worker.endings import LeaseLostError
+from worker.endings import LeaseLostError, StopAskedError
 from worker.lease import Fence, Lease
 
 
@@ -20,6 +20,9 @@ class Guarded:
 
     def signal_group(self, number):
         self.killed.set()
+
+    def show_life(self):
+        self.shown = True
 
 
 @pytest.fixture
@@ -55,6 +58,7 @@ def test_a_confirmed_heartbeat_moves_the_fence_from_when_it_was_sent():
     time.sleep(0.2)
     fence.confirm(start + 0.1)
     assert child.killed.wait(1.0)
+    assert child.shown
     assert 0.45 < time.monotonic() - start < 0.8
 
 
@@ -178,10 +182,15 @@ def test_a_ghost_frees_what_nobody_has_taken_and_is_refused_where_another_has(ho
 
 def test_a_cancel_ends_the_wait_for_slow_bytes(house, claimed):
     claim, lease = claimed
-    assert lease.hold_unless_canceled(lambda: "stored") == "stored"
     house.cancel(claim.job_id)
     enough = threading.Event()
+
+    def go_on():
+        if lease.cancel_requested:
+            raise StopAskedError
+
     began = time.monotonic()
-    assert lease.hold_unless_canceled(enough.wait) is None
+    with pytest.raises(StopAskedError):
+        lease.hold_while(enough.wait, go_on)
     assert time.monotonic() - began < 2
     enough.set()

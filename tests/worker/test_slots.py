@@ -2,10 +2,12 @@
 
 import subprocess
 import sys
+import time
 from contextlib import ExitStack
 
 import pynvml
 import pytest
+from sqlalchemy.exc import InternalError
 
 from service.settings import QUEUES
 from service.store.workers import list_workers
@@ -62,7 +64,7 @@ def test_a_gpu_belongs_to_one_slot(make_house):
     slots = Slots(make_house(slots=3).settings, gpus=[A, B])
     with ExitStack() as held:
         taken = [held.enter_context(slots.take("gpu")) for _ in range(3)]
-        assert [slot and slot.gpu for slot in taken] == [A, B, None]
+        assert [slot and slot.gpu for slot in taken] == [B, A, None]
         assert slots.busy == 2
         assert held.enter_context(slots.take("cpu")).gpu is None
         assert held.enter_context(slots.take("cpu")) is None
@@ -105,9 +107,14 @@ def test_the_row_lives_and_retires(house):
 
 def test_an_idle_worker_that_hears_no_bell_says_so(make_house):
     house = make_house(worker_deaf_seconds=0.5)
-    called = []
+    called, depths = [], [None]
+
+    class SomeBell:
+        def queue_depth(self, queue):
+            return depths[0]
+
     slots = Slots(house.settings, gpus=[])
-    row = WorkerRow(house.database, house.settings, slots, on_deaf=lambda: called.append(1))
+    row = WorkerRow(house.database, house.settings, slots, bell=SomeBell(), on_deaf=lambda: called.append(1))
     row.start()
     house.wait(lambda: workers(house))
     assert not called
@@ -115,8 +122,44 @@ def test_an_idle_worker_that_hears_no_bell_says_so(make_house):
         house.submit({})
         house.wait(lambda: workers(house)[0].busy == 1)
         assert not called  # a busy worker is not deaf
+    time.sleep(0.8)
+    assert not called  # nobody can hear a broker that is away
+    depths[0] = 0
     house.wait(lambda: called)
     row.stop()
+
+
+def test_a_row_outlives_what_the_database_does_to_it(house, monkeypatch):
+    row = WorkerRow(house.database, house.settings, Slots(house.settings, gpus=[]))
+    row.start()
+    house.wait(lambda: workers(house))
+    seen = workers(house)[0].last_seen_at
+    with monkeypatch.context() as patch:
+        error = InternalError("UPDATE", {}, Exception("cannot execute UPDATE in a read-only transaction"))
+        for raised in (error, RuntimeError("a mistake of our own")):
+            patch.setattr(house.database, "write", lambda raised=raised: raise_(raised))
+            time.sleep(0.5)
+    row._registered = False  # as if the answer to its registration had been lost
+    house.wait(lambda: workers(house)[0].last_seen_at > seen)
+    row.stop()
+
+
+def raise_(error):
+    raise error
+
+
+def test_what_waits_for_a_large_gpu_finds_it_behind_a_small_one(make_house):
+    house = make_house(slots=2, broker_url="redis://127.0.0.1:1/0", worker_queues="gpu")
+    house.gpus = [B, A]
+    supervisor = house.another_supervisor()
+    slots = supervisor._slots
+    with slots.take("gpu") as small, slots.take("gpu") as large:
+        assert (small.gpu, large.gpu) == (B, A)
+    assert slots.memory_bytes_free("gpu") == A.memory_bytes
+    job_id = house.submit({}, spec={"device": "cuda"}, queue="gpu", min_gpu_memory_bytes=40 * 2**30)
+    assert supervisor.run_next()
+    assert house.attempts(job_id)[0].gpu == "GPU-a"
+    assert not supervisor.run_next()
 
 
 def test_the_supervising_side_imports_no_torch_and_no_http():
