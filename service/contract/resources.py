@@ -55,7 +55,11 @@ class ResultSummary(Resource):
 
 
 class JobResource(Resource):
-    """A job: one spec applied to one model."""
+    """A job: one spec applied to one model.
+
+    `queue_position` is its place among those that wait in its queue, 1 being the next. It is counted up to 1000; it is
+    null beyond, and for a job that does not wait.
+    """
 
     id: str
     name: str | None = None

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-from sqlalchemy import Row, ScalarSelect, bindparam, case, func, insert, select, tuple_, update
+from sqlalchemy import ColumnElement, Row, bindparam, case, func, insert, select, tuple_, update
 from sqlalchemy.orm import Session, aliased
 
 from service.contract.errors import Problem
@@ -18,6 +18,8 @@ from service.store.fence import waiting
 from service.store.tables import Job
 from service.store.time import database_time
 from service.store.transitions import cancel_waiting
+
+PLACES_MAX = 1000  # places in a queue are counted up to here: what is asked for so often must not grow with the queue
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,30 +98,41 @@ def list_jobs(
 
 
 def queue_positions(session: Session, rows: Iterable[Job]) -> dict[str, int]:
-    """The place of each waiting job in its queue, 1 being the next; jobs that do not wait are left out."""
-    ids = [row.id for row in rows if row.state == JobState.QUEUED]
-    if not ids:
-        return {}
-    order = (Job.priority, Job.created_at, Job.id)
-    place = func.row_number().over(partition_by=Job.queue, order_by=order).label("place")
-    queue = select(Job.id, place).where(waiting()).subquery()
-    found = session.execute(select(queue.c.id, queue.c.place).where(queue.c.id.in_(ids)))
-    return {row.id: row.place for row in found}
+    """The place of each waiting job in its queue, 1 being the next; those that do not wait are left out.
+
+    So are those after the first `PLACES_MAX` of their queue: a page costs the same however many jobs wait.
+    """
+    queued = [row for row in rows if row.state == JobState.QUEUED]
+    places: dict[str, int] = {}
+    for queue in {row.queue for row in queued}:
+        order = (Job.priority, Job.created_at, Job.id)
+        head = select(*order).where(Job.queue == queue, waiting()).order_by(*order).limit(PLACES_MAX).subquery()
+        place = func.row_number().over(order_by=(head.c.priority, head.c.created_at, head.c.id)).label("place")
+        numbered = select(head.c.id, place).subquery()
+        asked = numbered.c.id.in_([row.id for row in queued if row.queue == queue])
+        places |= {row.id: row.place for row in session.execute(select(numbered.c.id, numbered.c.place).where(asked))}
+    return places
 
 
 def queue_position(session: Session, row: Job) -> int | None:
-    """The place of one job in its queue, 1 being the next; None for a job that does not wait."""
+    """The place of one job in its queue, 1 being the next; None if it does not wait, or is beyond `PLACES_MAX`."""
     if row.state != JobState.QUEUED:
         return None
     return session.execute(_PLACE, {"job_id": row.id}).scalar_one_or_none()
 
 
-def _place() -> ScalarSelect[int]:
-    """How many jobs of the same queue come no later than this one: a count along the queue's index."""
+def _place() -> ColumnElement[int | None]:
+    """How many jobs at the head of the same queue come no later than this one.
+
+    The head is cut off before it is compared: SQLite walks an index by the first column of a comparison of rows alone.
+    """
     other = aliased(Job)
-    no_later = tuple_(other.priority, other.created_at, other.id) <= tuple_(Job.priority, Job.created_at, Job.id)
-    count_them = select(func.count()).select_from(other).where(other.queue == Job.queue, waiting(other), no_later)
-    return count_them.correlate(Job).scalar_subquery()
+    order = (other.priority, other.created_at, other.id)
+    first = select(*order).where(other.queue == Job.queue, waiting(other)).order_by(*order).limit(PLACES_MAX + 1)
+    head = first.correlate(Job).subquery()
+    no_later = tuple_(head.c.priority, head.c.created_at, head.c.id) <= tuple_(Job.priority, Job.created_at, Job.id)
+    counted = select(func.count()).select_from(head).where(no_later).correlate(Job).scalar_subquery()
+    return func.nullif(counted, PLACES_MAX + 1)
 
 
 _PLACE = select(_place()).where(Job.id == bindparam("job_id"), waiting())

@@ -1,12 +1,14 @@
 import pytest
-from sqlalchemy import text, update
+from sqlalchemy import insert, text, update
 from sqlalchemy.exc import IntegrityError
 
 from service.contract.errors import ErrorCode, ProblemError
 from service.contract.events import EventKind
+from service.contract.ids import JOB, new_id
 from service.store.attempts import finish_failed
 from service.store.events import append_events, list_events
 from service.store.jobs import (
+    PLACES_MAX,
     CancelOutcome,
     count_jobs,
     get_job,
@@ -14,6 +16,7 @@ from service.store.jobs import (
     list_jobs,
     queue_position,
     queue_positions,
+    read_job,
     request_cancel,
 )
 from service.store.tables import Job
@@ -80,6 +83,24 @@ def test_queue_positions_follow_priority_then_age(database, submit):
     with database.read() as session:
         rows, _ = list_jobs(session, "owner")
         assert queue_positions(session, rows) == {urgent: 1, first: 2, second: 3}
+
+
+def test_places_are_counted_up_to_a_limit(database, submit):
+    first = submit()
+    copied = [column.name for column in Job.__table__.columns if column.name not in {"id", "created_at", "priority"}]
+    with database.write() as session:
+        row = session.get_one(Job, first)
+        values = {name: getattr(row, name) for name in copied}
+        more = [{**values, "id": new_id(JOB), "priority": number} for number in range(1, PLACES_MAX + 1)]
+        session.execute(insert(Job), more)
+    elsewhere = submit(queue="gpu", priority=100)
+    within, beyond = more[PLACES_MAX - 2]["id"], more[PLACES_MAX - 1]["id"]
+    expected = {first: 1, more[0]["id"]: 2, within: PLACES_MAX, beyond: None, elsewhere: 1}
+    with database.read() as session:
+        rows = [session.get_one(Job, job_id) for job_id in expected]
+        assert {row.id: queue_position(session, row) for row in rows} == expected
+        assert {job_id: read_job(session, job_id, "owner").queue_position for job_id in expected} == expected
+        assert queue_positions(session, rows) == {job_id: place for job_id, place in expected.items() if place}
 
 
 def test_cancel_of_a_waiting_job_ends_it(database, submit):
