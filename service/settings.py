@@ -96,11 +96,11 @@ class Settings(BaseSettings):
     reconcile_seconds: PositiveFloat = 5.0
     """How often the reconciler looks for what is stuck."""
     worker_gone_seconds: PositiveFloat = 60.0
-    """A worker not seen for so long is shown as gone."""
+    """A worker not seen for so long is shown as gone; more than two heartbeats."""
     worker_deaf_seconds: PositiveFloat = 60.0
     """An idle worker that heard no bell although jobs have waited for so long ends itself, to be started again."""
     orphan_seconds: PositiveFloat = 24 * 3600.0
-    """Age at which files that no row names are deleted."""
+    """Age at which files that no row names are deleted; at least twice `RANKPRESS_REAP_SECONDS`."""
     idempotency_in_flight_seconds: PositiveFloat = 3600.0
     """After so long an unfinished idempotency key is free again."""
     idempotency_keep_seconds: PositiveFloat = 7 * 24 * 3600.0
@@ -197,6 +197,28 @@ class Settings(BaseSettings):
             raise ValueError(
                 "expected heartbeat_seconds < self_fence_seconds < lease_seconds < reap_seconds; "
                 f"found {' , '.join(map(str, order))}: a child must be dead before its job can be claimed again"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _waits_outlast_what_they_wait_for(self) -> Self:
+        if not self.worker_gone_seconds > 2 * self.heartbeat_seconds:
+            raise ValueError(
+                "expected worker_gone_seconds > 2 * heartbeat_seconds; "
+                f"found {self.worker_gone_seconds} and {self.heartbeat_seconds}: a worker that lives would be taken "
+                "for gone between two heartbeats; raise worker_gone_seconds"
+            )
+        if not self.worker_deaf_seconds > 2 * self.reconcile_seconds:
+            raise ValueError(
+                "expected worker_deaf_seconds > 2 * reconcile_seconds; "
+                f"found {self.worker_deaf_seconds} and {self.reconcile_seconds}: a worker would end itself before a "
+                "lost bell has been rung again; raise worker_deaf_seconds"
+            )
+        if not self.orphan_seconds >= 2 * self.reap_seconds:
+            raise ValueError(
+                "expected orphan_seconds >= 2 * reap_seconds; "
+                f"found {self.orphan_seconds} and {self.reap_seconds}: a file whose row is about to be written would "
+                "be deleted; raise orphan_seconds"
             )
         return self
 

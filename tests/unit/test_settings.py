@@ -31,6 +31,24 @@ def test_settings_that_cannot_hold_are_refused(tmp_path, changes):
         Settings(data_dir=tmp_path, **changes)
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("orphan_seconds", 79.9, r"orphan_seconds >= 2 \* reap_seconds; found 79.9 and 40.0: .*raise"),
+        ("worker_gone_seconds", 4, r"worker_gone_seconds > 2 \* heartbeat_seconds; found 4.0 and 2.0: .*raise"),
+        (
+            "worker_deaf_seconds",
+            10,
+            r"worker_deaf_seconds > 2 \* reconcile_seconds; found 10.0 and 5.0: .*raise",
+        ),
+    ],
+)
+def test_a_wait_outlasts_what_it_waits_for(tmp_path, name, value, said):
+    with pytest.raises(ValidationError, match=said):
+        Settings(data_dir=tmp_path, **{name: value})
+    Settings(data_dir=tmp_path, **{name: value + 0.1})
+
+
 def test_a_key_of_sixteen_characters_is_enough_and_is_not_shown(tmp_path):
     settings = Settings(data_dir=tmp_path, api_key="0123456789abcdef")
     assert "0123456789abcdef" not in repr(settings)

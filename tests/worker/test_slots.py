@@ -106,7 +106,7 @@ def test_the_row_lives_and_retires(house):
 
 
 def test_an_idle_worker_that_hears_no_bell_says_so(make_house):
-    house = make_house(worker_deaf_seconds=0.5)
+    house = make_house(worker_deaf_seconds=0.5, reconcile_seconds=0.2)
     called, depths = [], [None]
 
     class SomeBell:
