@@ -77,11 +77,6 @@ class Readiness:
         return "; ".join(told) or OK
 
 
-def check_readiness(services: Services, seconds: float = LOOK_SECONDS) -> Health:
-    """Look once."""
-    return Readiness(services).check(seconds)
-
-
 def _answer(name: str, future: "Future[str]", deadline: float, seconds: float) -> str:
     try:
         return future.result(max(0.0, deadline - time.monotonic()))

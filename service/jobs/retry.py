@@ -5,15 +5,13 @@ from dataclasses import replace
 
 from sqlalchemy.orm import Session
 
-from service.contract import ids
 from service.contract.errors import ErrorCode, ProblemError
 from service.contract.events import EventKind
-from service.contract.marks import mark
 from service.contract.spec import parse_spec
 from service.contract.states import JobState
 from service.jobs import idempotency
 from service.jobs.read import existing_job, read_job
-from service.jobs.submit import Accepted, Submission, canonical, new_job, queue_for
+from service.jobs.submit import Accepted, Submission, accept, canonical, new_job, queue_for
 from service.services import Services
 from service.store import jobs
 from service.store.checkpoints import copy_checkpoints
@@ -35,19 +33,14 @@ def retry_job(services: Services, owner: str, job_id: str, *, from_start: bool, 
     if isinstance(key, Replay):
         idempotency.check_same(key, fingerprint)
         return Accepted(read_job(services, owner, key.job_id), replayed=True)
-    new_id = ids.new_id(ids.JOB)
-    with services.database.write() as session:
+
+    def insert(session: Session, new_id: str) -> str:
         old = existing_job(session, owner, job_id)
         _check_state(old)
         _hold_files(session, old)
-        queue = _insert(session, services, old, new_id, from_start=from_start)
-        if key is not None:
-            idempotency.tie(session, key, fingerprint, new_id)
-        row = existing_job(session, owner, new_id)
-        accepted = Accepted(jobs.job_resource(row, jobs.queue_position(session, row)), replayed=False)
-    mark("after_commit")
-    services.bell.ring_soon(queue)
-    return accepted
+        return _insert(session, services, old, new_id, from_start=from_start)
+
+    return accept(services, owner, insert, key, fingerprint)
 
 
 def _check_state(job: Job) -> None:

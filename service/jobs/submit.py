@@ -91,14 +91,26 @@ def submit(services: Services, submission: Submission, key: Fresh | Replay | Non
         return Accepted(read_job(services, submission.owner, key.job_id), replayed=True)
     spec = checked_spec(services, submission)
     model_of, dataset_of = _store_files(services, submission)
-    job_id = ids.new_id(ids.JOB)
-    with services.database.write() as session:
+
+    def insert(session: Session, job_id: str) -> str:
         model_id, dataset_id = model_of(session), dataset_of(session)
         queue = queue_for(session, spec)
         jobs.insert_job(session, new_job(services.settings, submission, spec, job_id, model_id, dataset_id, queue))
+        return queue
+
+    return accept(services, submission.owner, insert, key, fingerprint)
+
+
+def accept(
+    services: Services, owner: str, insert: Callable[[Session, str], str], key: Fresh | None, fingerprint: str
+) -> Accepted:
+    """Accept a job in one transaction, where `insert` writes it under a new id and returns its queue; then ring."""
+    job_id = ids.new_id(ids.JOB)
+    with services.database.write() as session:
+        queue = insert(session, job_id)
         if key is not None:
             idempotency.tie(session, key, fingerprint, job_id)
-        row = existing_job(session, submission.owner, job_id)
+        row = existing_job(session, owner, job_id)
         accepted = Accepted(jobs.job_resource(row, jobs.queue_position(session, row)), replayed=False)
     mark("after_commit")
     services.bell.ring_soon(queue)

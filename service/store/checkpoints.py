@@ -12,6 +12,12 @@ from service.store.tables import Checkpoint, Job
 from service.store.time import database_time
 
 KEPT = 2
+_NEWEST_FIRST = (
+    Checkpoint.epoch.desc(),
+    Checkpoint.created_at.desc(),
+    Checkpoint.position.desc(),
+    Checkpoint.id.desc(),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,8 +69,7 @@ def insert_checkpoint(
 
 def list_checkpoints(session: Session, job_id: str, limit: int | None = KEPT) -> list[CheckpointRow]:
     """The job's checkpoints, newest first."""
-    order = (Checkpoint.epoch.desc(), Checkpoint.created_at.desc(), Checkpoint.position.desc(), Checkpoint.id.desc())
-    query = select(Checkpoint).where(Checkpoint.job_id == job_id).order_by(*order).limit(limit)
+    query = select(Checkpoint).where(Checkpoint.job_id == job_id).order_by(*_NEWEST_FIRST).limit(limit)
     return [_row(checkpoint) for checkpoint in session.scalars(query)]
 
 
@@ -93,8 +98,7 @@ def copy_checkpoints(session: Session, job_id: str, new_job_id: str) -> Checkpoi
     The bytes are shared: they are deleted with the last row that names them. The copies have the epoch 0, older than
     any attempt of the new job. The lock keeps a sweep from dropping a row, and its bytes, before the copy is seen.
     """
-    order = (Checkpoint.epoch.desc(), Checkpoint.created_at.desc(), Checkpoint.position.desc(), Checkpoint.id.desc())
-    query = select(Checkpoint).where(Checkpoint.job_id == job_id).order_by(*order).limit(KEPT)
+    query = select(Checkpoint).where(Checkpoint.job_id == job_id).order_by(*_NEWEST_FIRST).limit(KEPT)
     rows = list(session.scalars(query.with_for_update(read=True)))
     for row in reversed(rows):  # the ids are in order of age too
         values = {name: getattr(row, name) for name in ("position", "blob_key", "sha256", "bytes", "created_at")}

@@ -34,11 +34,6 @@ def revoke_key(session: Session, name: str) -> int:
     return len(session.execute(revoke).all())
 
 
-def owner_of(session: Session, key: str) -> str | None:
-    """Whom the key speaks for; None if it is unknown or revoked."""
-    return owner_of_digest(session, digest_of(key))
-
-
 def owner_of_digest(session: Session, digest: str) -> str | None:
     """Whom the key with this digest speaks for; None if it is unknown or revoked."""
     query = select(ApiKey.owner).where(ApiKey.digest == digest, ApiKey.revoked_at.is_(None))

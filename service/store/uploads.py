@@ -4,12 +4,11 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from sqlalchemy import case, select
-from sqlalchemy.dialects.postgresql import insert as postgresql_insert
-from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 from sqlalchemy.orm import Session
 
 from service.store.tables import Dataset, Model
 from service.store.time import database_time
+from service.store.upserts import insert_into
 
 Row = TypeVar("Row", Model, Dataset)
 
@@ -20,8 +19,7 @@ def upsert(session: Session, table: type[Row], values: Mapping[str, Any]) -> Row
     A deleted row comes back under its id with the new name. The row is locked until the transaction ends, so that a
     deletion at the same time sees the job that is about to name it.
     """
-    on_postgresql = session.get_bind().dialect.name == "postgresql"
-    insert = (postgresql_insert if on_postgresql else sqlite_insert)(table).values(**values)
+    insert = insert_into(session, table).values(**values)
     deleted = table.deleted_at.is_not(None)
     revived = {
         "name": case((deleted, insert.excluded.name), else_=table.name),

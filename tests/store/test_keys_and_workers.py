@@ -10,7 +10,7 @@ from submissions import submit_job
 from service.contract.ids import WORKER, new_id
 from service.contract.keys import new_api_key
 from service.store.datasets import dataset_resource, get_dataset, upsert_dataset
-from service.store.keys import insert_key, list_keys, owner_of, revoke_key
+from service.store.keys import digest_of, insert_key, list_keys, owner_of_digest, revoke_key
 from service.store.models import get_model, model_resource, upsert_model
 from service.store.tables import ApiKey, Artifact, Job
 from service.store.time import database_time
@@ -40,9 +40,9 @@ def test_a_key_speaks_for_its_owner_and_is_not_stored(database):
     with database.write() as session:
         insert_key(session, FIRST, "owner", "laptop")
     with database.read() as session:
-        assert owner_of(session, FIRST) == "owner"
-        assert owner_of(session, SECOND) is None
-        assert owner_of(session, "ключ\0 of any kind") is None
+        assert owner_of_digest(session, digest_of(FIRST)) == "owner"
+        assert owner_of_digest(session, digest_of(SECOND)) is None
+        assert owner_of_digest(session, digest_of("ключ\0 of any kind")) is None
         assert FIRST not in str(session.execute(select(ApiKey.digest, ApiKey.owner, ApiKey.name)).all())
 
 
@@ -54,7 +54,10 @@ def test_a_revoked_key_speaks_for_nobody_and_its_name_is_free(database):
         assert revoke_key(session, "laptop") == 0
         insert_key(session, SECOND, "other", "laptop")
     with database.read() as session:
-        assert (owner_of(session, FIRST), owner_of(session, SECOND)) == (None, "other")
+        assert (owner_of_digest(session, digest_of(FIRST)), owner_of_digest(session, digest_of(SECOND))) == (
+            None,
+            "other",
+        )
         assert [(key.owner, key.name, key.revoked_at is None) for key in list_keys(session)] == [
             ("owner", "laptop", False),
             ("other", "laptop", True),
