@@ -73,7 +73,8 @@ def mlp(tmp_path_factory: pytest.TempPathFactory) -> Job:
     model = save_model(folder / "model.pt", Mlp(64, 96))
     data = save_data(folder / "data.npz", model, (64,), parts=("test_",))
     spec = quick(budget={"max_params_fraction": 0.4}, fine_tune={"epochs": 2})
-    return Job(model, data, spec, folder / "w", run_job(folder / "w", model, spec, data=data, checkpoint_seconds=0))
+    stages = run_job(folder / "w", model, spec, data=data, checkpoint_spacing_seconds=0)
+    return Job(model, data, spec, folder / "w", stages)
 
 
 @pytest.fixture(scope="module")
@@ -214,15 +215,16 @@ def test_the_same_job_gives_the_same_bytes(convnet: Job, tmp_path: Path) -> None
 def test_a_checkpoint_is_written_after_every_step_and_epoch(mlp: Job) -> None:
     told = mlp.stages["learn"].of("checkpoint")
     assert [Path(message["path"]).name for message in told] == [path.name for path in mlp.checkpoints]
-    assert len(told) == 3 + 2  # C steps, and epochs of the factored network
+    # The start; each L step and C step; the settled ranks, their learning rate, and each epoch of that network.
+    assert len(told) == 1 + 3 * 2 + 1 + 1 + 2
     for message in told:
         content = Path(message["path"]).read_bytes()
         assert (message["sha256"], message["bytes"]) == (hashlib.sha256(content).hexdigest(), len(content))
 
 
 def test_a_resumed_job_gives_the_same_bytes(mlp: Job, tmp_path: Path) -> None:
-    """From one checkpoint in new processes; from all the others in one process, in test_resume.py."""
-    stages = {"data": mlp.data, "resume_path": mlp.checkpoints[1], "only": ("learn", "emit")}
+    """From the one after the second C step in new processes; from others in one process, in test_resume.py."""
+    stages = {"data": mlp.data, "resume_path": mlp.checkpoints[2 * 2], "only": ("learn", "emit")}
     resumed = run_job(tmp_path, mlp.model, mlp.spec, **stages)
     assert (tmp_path / "artifact.pt").read_bytes() == mlp.artifact.read_bytes()
     steps = [message["data"]["step"] for message in resumed["learn"].of("event") if message["kind"] == "step"]
