@@ -33,7 +33,7 @@ test-crash: $(INSTALLED)  ## the long proofs that no job is lost: kills, stops a
 	$(ONE_THREAD) $(BIN)/python -m pytest -m full --timeout 1800
 
 bench: $(INSTALLED)  ## measure speed against its limits (minutes; wants an idle machine)
-	status=0; for name in lstep upload overhead api queue; do $(BIN)/python -m benchmarks.$$name || status=1; done; exit $$status
+	status=0; for name in lstep upload overhead api queue checkpoint idle; do $(BIN)/python -m benchmarks.$$name || status=1; done; exit $$status
 
 check: $(INSTALLED)  ## lint, format, types, import rules, generated docs
 	$(BIN)/ruff check .

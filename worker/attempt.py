@@ -200,6 +200,7 @@ class JobAttempt:
             if self._lease.hold_while(partial(sha256_of, path), self._go_on) == row.sha256:
                 return path
         except (BlobDamagedError, FileNotFoundError) as error:  # of all else it may be whole: the job waits for it
+            self._blobs.exists(row.blob_key)  # and a store that went away says so here
             log.warning("checkpoint_unreadable", position=row.position, error=str(error))
             return None
         log.warning("checkpoint_torn", position=row.position)

@@ -64,8 +64,10 @@ class BlobCache:
             When the store does not answer.
         """
         content_key(sha256)  # the hash becomes a file name
-        if self._blobs.local_path(key) is not None:
-            return self._blobs.fetch(key, directory)
+        local = self._blobs.local_path(key)
+        if local is not None:
+            self._blobs.size(key)  # a file that is not there, or a store that is away, says so
+            return local
         target = directory / sha256
         self._directory.mkdir(parents=True, exist_ok=True)
         if self._take(sha256, target):

@@ -18,7 +18,7 @@ from obstore.store import LocalStore, ObjectStore
 from service.blobs.errors import BlobStoreAwayError, store_errors
 from service.blobs.local import copy_durably, move_durably, read_range, sync_file
 from service.blobs.remote import PARTS_AT_ONCE, open_remote, part_bytes
-from service.blobs.writer import BLOCK_BYTES, BlobWriter, StagedBlob
+from service.blobs.writer import BlobWriter, StagedBlob
 from service.contract.errors import ProblemError
 
 if TYPE_CHECKING:
@@ -160,17 +160,6 @@ class BlobStore:
         """The file under the key, for a store of files: read it in place, never write to it."""
         _checked(key)
         return None if self.root is None else self.root / key
-
-    def fetch(self, key: str, directory: Path) -> Path:
-        """A local file with the bytes: the store's own, or a copy in the directory."""
-        path = self.local_path(key)
-        if path is not None:
-            self.size(key)
-            return path
-        copy = directory / key.replace("/", "-")
-        with copy.open("wb") as file:
-            file.writelines(self.open_range(key, block_bytes=BLOCK_BYTES))
-        return copy
 
     def delete(self, key: str) -> None:
         """Delete what lies under the key; nothing there is no error."""

@@ -56,7 +56,7 @@ def test_a_checkpoint_that_cannot_be_read_now_is_waited_for(house, monkeypatch):
     with monkeypatch.context() as broken:
         error = BlobStoreAwayError("no answer")
         only = lambda key, *_: key.startswith("checkpoints/")  # noqa: E731
-        broken.setattr(house.blobs, "fetch", failing(house.blobs.fetch, error, only))
+        broken.setattr(house.blobs, "size", failing(house.blobs.size, error, only))
         assert house.run()
     assert "blob store is away" in house.attempts(job_id)[-1].detail
     house.run()
@@ -71,7 +71,7 @@ def test_a_disk_that_fails_is_waited_for(house, monkeypatch, number):
     house.run()
     with monkeypatch.context() as broken:
         only = lambda key, *_: key.startswith("checkpoints/")  # noqa: E731
-        broken.setattr(house.blobs, "fetch", failing(house.blobs.fetch, OSError(number, "the disk"), only))
+        broken.setattr(house.blobs, "size", failing(house.blobs.size, OSError(number, "the disk"), only))
         for _ in range(3):
             assert house.run()
     job = house.job(job_id)
