@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import ColumnElement, and_, func, insert, or_, select, update
+from sqlalchemy import ColumnElement, ScalarSelect, and_, func, insert, or_, select, update
 from sqlalchemy.orm import Session
 
 from service.contract.errors import ErrorCode, Problem, ProblemError
@@ -82,17 +82,9 @@ def claim(
 
     A job that asks for GPU memory is passed over where the GPU has less, or where there is none.
     """
-    best = (
-        select(Job.id)
-        .where(_claimable(queue, gpu_memory_bytes or 0))
-        .order_by(Job.priority, Job.created_at, Job.id)
-        .limit(1)
-        .with_for_update(skip_locked=True)
-        .scalar_subquery()
-    )
     take = (
         update(Job)
-        .where(Job.id == best, Job.state == JobState.QUEUED)
+        .where(Job.id == _best(queue, gpu_memory_bytes or 0), Job.state == JobState.QUEUED)
         .values(
             state=JobState.RUNNING,
             phase=Phase.STARTING,
@@ -230,6 +222,18 @@ def requeue(
         session, job_id, epoch, outcome=outcome, delay_seconds=delay_seconds, counted=counted, detail=detail
     )
     return JobState.QUEUED
+
+
+def _best(queue: str, gpu_memory_bytes: int) -> ScalarSelect[str]:
+    """The id of the first job that can be claimed, passing over those that another transaction is claiming."""
+    return (
+        select(Job.id)
+        .where(_claimable(queue, gpu_memory_bytes))
+        .order_by(Job.priority, Job.created_at, Job.id)
+        .limit(1)
+        .with_for_update(skip_locked=True)
+        .scalar_subquery()
+    )
 
 
 def _claimable(queue: str, gpu_memory_bytes: int | None) -> ColumnElement[bool]:
