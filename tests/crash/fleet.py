@@ -164,6 +164,20 @@ class Fleet:
         broker.start()
         return broker
 
+    def check_equal(self, job_id: str, undisturbed_script: dict[str, Any]) -> None:
+        """Hold a job's artifact against that of the same job without a disturbance."""
+        undisturbed = self.submit(undisturbed_script)
+        self.wait_for_end([undisturbed], 60)
+        assert self.artifact(job_id) == self.artifact(undisturbed)
+
+    def check_works_on(self, machine: Part, other: Part, script: dict[str, Any]) -> None:
+        """See that a machine that was out of the way runs jobs as before, once the other is gone."""
+        self.keeps = False
+        other.kill_whole()
+        last = self.submit(script)
+        self.wait_for_end([last], 60 + 2 * self.settings.lease_seconds)
+        assert self.attempts(last)[-1].pid == machine.pid
+
     def flush_broker(self) -> None:
         """Make the broker forget everything."""
         redis.Redis(port=self.broker.port).flushall()

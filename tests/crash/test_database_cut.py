@@ -52,16 +52,8 @@ def test_the_database_is_cut_from_one_worker(make_fleet, how, settings):
     proxy.mend()
     fleet.check([job_id])
     assert [one.outcome for one in fleet.attempts(job_id)] == [AttemptOutcome.LOST, AttemptOutcome.SUCCEEDED]
-    undisturbed = fleet.submit(chain(STEPS, 0.0))
-    fleet.wait_for_end([undisturbed], 60)
-    assert fleet.artifact(job_id) == fleet.artifact(undisturbed)
-
-    # The first worker works on.
-    fleet.keeps = False
-    other.kill_whole()
-    last = fleet.submit(chain(3, 0.0))
-    fleet.wait_for_end([last], 60 + 2 * fleet.settings.lease_seconds)
-    assert fleet.attempts(last)[-1].pid == cut_off.pid
+    fleet.check_equal(job_id, chain(STEPS, 0.0))
+    fleet.check_works_on(cut_off, other, chain(3, 0.0))
     proxy.close()
 
 

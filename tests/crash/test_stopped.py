@@ -56,16 +56,8 @@ def test_a_ghost_writes_nothing(make_fleet, settings, child_too):
     fleet.check([job_id], children_may_meet=child_too)
     assert fleet.job(job_id).lease_epoch == overtaken
     assert [one.outcome for one in fleet.attempts(job_id)] == [AttemptOutcome.LOST, AttemptOutcome.SUCCEEDED]
-    undisturbed = fleet.submit(chain(STEPS, 0.0))
-    fleet.wait_for_end([undisturbed], 60)
-    assert fleet.artifact(job_id) == fleet.artifact(undisturbed)
-
-    # The ghost itself is a worker as before.
-    fleet.keeps = False
-    other.kill_whole()
-    last = fleet.submit(chain(2, 0.0))
-    fleet.wait_for_end([last], 60 + 2 * fleet.settings.lease_seconds)
-    assert fleet.attempts(last)[-1].pid == ghost.pid
+    fleet.check_equal(job_id, chain(STEPS, 0.0))
+    fleet.check_works_on(ghost, other, chain(2, 0.0))
 
 
 @SETTINGS
