@@ -18,7 +18,7 @@ import psutil
 from benchmarks.options import parser
 from benchmarks.outcome import Limit, Sample, conclude, say
 from benchmarks.overhead import SMALL_SPEC, make_network, require_success
-from benchmarks.served import COMMAND, STOP_SECONDS, clean_environment, served
+from benchmarks.served import COMMAND, clean_environment, served, stop
 from service.client.api import Client
 
 SHARE_MAX, RESIDENT_MIB_MAX = 0.01, 120.0
@@ -96,12 +96,7 @@ def worker(folder: Path, settings: dict[str, str]) -> Iterator[psutil.Process]:
     try:
         yield psutil.Process(process.pid)
     finally:
-        process.terminate()
-        try:
-            process.wait(STOP_SECONDS)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        stop(process)
 
 
 def wait_for_worker(client: Client) -> None:

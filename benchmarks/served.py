@@ -49,12 +49,17 @@ def served(folder: Path, settings: Mapping[str, str] | None = None) -> Iterator[
         key = environment.get("RANKPRESS_API_KEY") or (data_dir / "api-key").read_text(encoding="utf-8").strip()
         yield Served(url, key, process.pid, data_dir)
     finally:
-        process.terminate()
-        try:
-            process.wait(STOP_SECONDS)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        stop(process)
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """End a process politely, or after a while without asking."""
+    process.terminate()
+    try:
+        process.wait(STOP_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 def _wait_for_url(process: subprocess.Popen[bytes], log_path: Path) -> str:

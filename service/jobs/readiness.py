@@ -68,7 +68,7 @@ class Readiness:
     def _workers(self) -> str:
         with self._services.database.read() as session:
             waiting = waiting_by_queue(session)
-            unserved = sorted(waiting.keys() - served_queues(session)) if waiting else []
+            unserved = sorted(waiting.keys() - served_queues(session, within_seconds=0)) if waiting else []
         told = (
             f"{waiting[queue]} {'job waits' if waiting[queue] == 1 else 'jobs wait'} in the queue {queue}, "
             f"which no live worker serves: start one with `rankpress worker --queue {queue}`"

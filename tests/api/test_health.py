@@ -14,7 +14,7 @@ from service.contract.ids import WORKER, new_id
 from service.jobs.readiness import Readiness
 from service.services import build_services
 from service.settings import Settings
-from service.store.workers import register_worker
+from service.store.workers import register_worker, retire_worker
 from tests.api.conftest import HEADERS, Api, MakeServices
 
 
@@ -107,3 +107,14 @@ def test_unavailable_without_the_blob_store(api: Api) -> None:
     ready = api.client.get("/v1/health/ready")
     assert (ready.status_code, ready.json()["status"]) == (503, "unavailable")
     assert ready.json()["checks"]["blobs"] != "ok"
+
+
+def test_a_worker_that_has_just_gone_serves_nothing(api: Api) -> None:
+    api.job_id()
+    worker_id = new_id(WORKER)
+    with api.services.database.write() as session:
+        register_worker(session, worker_id, host="h", pid=1, queues=["cpu"], slots=1)
+    assert api.client.get("/v1/health/ready").json()["status"] == "ready"
+    with api.services.database.write() as session:
+        retire_worker(session, worker_id)
+    assert "1 job waits in the queue cpu" in api.client.get("/v1/health/ready").json()["checks"]["workers"]
