@@ -17,6 +17,12 @@ class Form(StrEnum):
     MATRIX = "matrix"
     CHUNKED = "chunked"
     CONTRACTED = "contracted"  # any other split along the weight's own axes, as two factored operators
+    KRONECKER = "kronecker"
+    TUCKER2 = "tucker2"
+    EMBEDDING = "embedding"  # a table of short rows and a matrix
+    PRUNED = "pruned"
+    QUANTIZED = "quantized"
+    BIAS_ALONE = "bias_alone"  # every term has rank 0
     SUM = "sum"
     COMPOSED = "composed"  # the weight is rebuilt from its factors: fewer parameters, the dense multiply-adds
 

@@ -1,28 +1,41 @@
 """The job spec, version 1: one meaning of what to do, with every default in one place."""
 
-from math import log10, prod
+from math import log10
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, PositiveInt, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails, PydanticCustomError
 
+from service.contract.data_spec import DataSpec, ExampleInput
 from service.contract.errors import ErrorCode, FieldError, ProblemError
+from service.contract.layer_rule import LayerRule
+from service.contract.numbers import Auto, Magnitude, Positive
+from service.contract.objective_spec import Objective
+from service.contract.size_spec import Budget, CostWeights, Metric
 from service.contract.strict import StrictModel
-from service.contract.terms import LayerRule
+from service.contract.term_specs import term_specs
+from service.contract.training_spec import FineTune, SgdSpec, Training
 
-Auto = Literal["auto"]
-Fraction = Annotated[float, Field(gt=0, lt=1)]
-Positive = Annotated[float, Field(gt=0)]
-NonNegative = Annotated[float, Field(ge=0)]
-Magnitude = Annotated[float, Field(ge=1e-12, le=1e12)]  # what single precision can still be multiplied with
-Metric = Literal["macs", "params"]
+__all__ = [
+    "Budget",
+    "CostWeights",
+    "DataSpec",
+    "ExampleInput",
+    "FineTune",
+    "JobSpec",
+    "LearningCompressionSpec",
+    "Metric",
+    "MuSchedule",
+    "Objective",
+    "SgdSpec",
+    "Training",
+    "parse_spec",
+]
+
 Output = Literal["torchscript"]
 
 MU_RANGE = 700.0  # the last μ over the first, whatever the number of steps (methods L.7: 1.3^25)
-FINE_TUNE_EPOCHS = (5, 30)  # bounds of the automatic number
-MAX_EPOCHS = 10_000
 MU_ORDERS_MAX = 20
-EXAMPLE_ELEMENTS_MAX = 2**32
 
 
 class MuSchedule(StrictModel):
@@ -63,118 +76,6 @@ class LearningCompressionSpec(StrictModel):
     multipliers: bool = True
     lambda_: Positive | None = Field(default=None, alias="lambda")  # per million units of the cost
     c_step: CStepSpec = CStepSpec()
-
-
-class Budget(StrictModel):
-    """How small the result must be; exactly one limit."""
-
-    max_macs_fraction: Fraction | None = None
-    max_params_fraction: Fraction | None = None
-    max_macs: PositiveInt | None = None
-    max_params: PositiveInt | None = None
-
-    @model_validator(mode="after")
-    def _one_limit(self) -> Self:
-        given = [name for name in type(self).model_fields if getattr(self, name) is not None]
-        if len(given) != 1:
-            raise PydanticCustomError(
-                "budget",
-                "a budget has exactly one of {names}; found {found}",
-                {"names": ", ".join(type(self).model_fields), "found": " and ".join(given) or "none"},
-            )
-        return self
-
-    @property
-    def metric(self) -> Metric:
-        """What is limited."""
-        return "macs" if self.max_macs is not None or self.max_macs_fraction is not None else "params"
-
-    def limit(self, reference: int) -> int:
-        """The limit in units of the metric, for a reference network of this size."""
-        absolute = self.max_macs if self.max_macs is not None else self.max_params
-        fraction = self.max_macs_fraction if self.max_macs_fraction is not None else self.max_params_fraction
-        return absolute if absolute is not None else int((fraction or 0.0) * reference)
-
-
-class CostWeights(StrictModel):
-    """The C of the papers as a weighted sum of counts."""
-
-    macs: NonNegative = 0.0
-    params: NonNegative = 0.0
-
-    @model_validator(mode="after")
-    def _not_all_zero(self) -> Self:
-        if self.macs == 0 and self.params == 0:
-            raise PydanticCustomError("cost", "at least one of the weights macs and params must be above 0")
-        return self
-
-
-class Objective(StrictModel):
-    """What training minimises."""
-
-    loss: Literal["auto", "cross_entropy", "mse", "distillation"] = "auto"
-    distillation: float = Field(default=0.7, ge=0, le=1)  # weight of T²·KL to the reference's outputs
-    temperature: Positive = 2.0
-    class_dim: int = 1
-    ignore_index: int = -100
-
-
-class DataSpec(StrictModel):
-    """Which arrays of the dataset are what, and how raw values become inputs: (x·scale − mean)/std."""
-
-    inputs: str | Annotated[list[str], Field(min_length=1)] = "inputs"
-    targets: str | list[str] = "targets"
-    scale: Positive | None = None
-    mean: float | list[float] | None = None
-    std: Positive | list[Positive] | None = None
-    layout: Literal["NCHW", "NHWC"] | None = None
-
-
-class ExampleInput(StrictModel):
-    """One input of the model where there is no data; `shape` includes the batch dimension first."""
-
-    shape: list[PositiveInt] = Field(min_length=1, max_length=16)
-    dtype: Literal["float32", "float64", "int64", "int32", "uint8", "bool"] = "float32"
-    high: Annotated[int, Field(gt=0, lt=2**31)] | None = None  # exclusive bound of random integers
-
-    @model_validator(mode="after")
-    def _can_be_made(self) -> Self:
-        if prod(self.shape) > EXAMPLE_ELEMENTS_MAX:
-            raise PydanticCustomError(
-                "shape",
-                "the shape has {found} elements; at most {most} are accepted",
-                {"found": prod(self.shape), "most": EXAMPLE_ELEMENTS_MAX},
-            )
-        return self
-
-
-class SgdSpec(StrictModel):
-    """Stochastic gradient descent."""
-
-    type: Literal["sgd"] = "sgd"
-    lr: Magnitude | Auto = "auto"  # auto: a short range test on a copy; never above 1/μ in the L step
-    momentum: float = Field(default=0.9, ge=0, lt=1)
-    nesterov: bool = True
-    weight_decay: NonNegative = 0.0
-
-
-class Training(StrictModel):
-    """The L step."""
-
-    epochs_per_step: int = Field(default=3, ge=1, le=MAX_EPOCHS)
-    batch_size: PositiveInt = 256
-    optimizer: SgdSpec = SgdSpec()
-
-
-class FineTune(StrictModel):
-    """Training of the factored network after the ranks are fixed."""
-
-    epochs: Annotated[int, Field(ge=0, le=MAX_EPOCHS)] | Auto = "auto"
-
-    def resolved_epochs(self, l_step_epochs: int) -> int:
-        """As many epochs as all L steps together, between 5 and 30, unless the spec says a number."""
-        low, high = FINE_TUNE_EPOCHS
-        return min(max(l_step_epochs, low), high) if self.epochs == "auto" else self.epochs
 
 
 class Deadlines(StrictModel):
@@ -249,7 +150,7 @@ class JobSpec(StrictModel):
         if isinstance(cost, CostWeights):
             return cost
         metric = cost if cost != "auto" else (self.budget.metric if self.budget else "params")
-        return CostWeights(macs=1.0) if metric == "macs" else CostWeights(params=1.0)
+        return CostWeights.model_validate({metric: 1.0})
 
     def on_the_wire(self) -> dict[str, Any]:
         """The spec as JSON, with the field names a user writes."""
@@ -281,10 +182,15 @@ _UNION_TAGS = frozenset({"constrained-float", "constrained-int", "int", "float",
 
 def _field_error(detail: ErrorDetails) -> FieldError:
     """Turn pydantic's location into a JSON pointer of the user's own document: without the names of unions."""
+    loc = detail["loc"]
     parts = [
         str(part)
-        for part in detail["loc"]
-        if isinstance(part, int) or (part.islower() and part not in _UNION_TAGS and "[" not in part)
+        for before, part in zip((None, *loc), loc, strict=False)
+        if isinstance(part, int)
+        or (
+            (part.islower() and part not in _UNION_TAGS and "[" not in part)
+            and not (isinstance(before, int) and part in term_specs())
+        )
     ]
     if detail["type"] == "unknown_field":
         parts.append(str(detail["ctx"]["field"]))

@@ -4,16 +4,17 @@ from importlib.metadata import entry_points, version
 from typing import Any, get_args
 
 from service.contract.errors import ErrorCode, title_of
+from service.contract.layer_rule import LayerRule
 from service.contract.plan import REASON_MEANINGS
 from service.contract.resources import Capabilities
 from service.contract.schemas import spec_schema
 from service.contract.spec import Output
-from service.contract.terms import NAMED_RESHAPES, LayerRule
+from service.contract.term_specs import term_specs
 from service.jobs.files import DATA_FORMATS
 from service.services import Services
 from service.store import workers
 
-METHODS, TERMS = "rankpress.methods", "rankpress.terms"
+METHODS = "rankpress.methods"
 
 
 def read_capabilities(services: Services) -> Capabilities:
@@ -25,7 +26,7 @@ def read_capabilities(services: Services) -> Capabilities:
     return Capabilities(
         version=version("rankpress"),
         methods=_registered(METHODS),
-        terms=[_term(name) for name in _registered(TERMS)],
+        terms=[{"type": name, **spec.abilities()} for name, spec in term_specs().items()],
         layer_kinds=_layer_kinds(),
         outputs=list(get_args(Output)),
         data_formats=list(DATA_FORMATS),
@@ -45,10 +46,6 @@ def read_capabilities(services: Services) -> Capabilities:
 
 def _registered(group: str) -> list[str]:
     return sorted({point.name for point in entry_points(group=group)})
-
-
-def _term(name: str) -> dict[str, Any]:
-    return {"type": name, "reshapes": [*NAMED_RESHAPES, "general"]} if name == "low_rank" else {"type": name}
 
 
 def _layer_kinds() -> list[str]:

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from worker.engine.csteps.additive import Projection
+from worker.engine.forms.factors import Factors
 from worker.engine.forms.geometry import Geometry
-from worker.engine.forms.low_rank import Factors, LowRankTerm
+from worker.engine.forms.low_rank import LowRankTerm
 from worker.engine.forms.modules import SumOfBranches
 from worker.engine.forms.reshape import Reshape
 from worker.engine.layer_rules import LayerProblem

@@ -4,10 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
+from service.contract.layer_rule import LayerRule
 from service.contract.plan import Form, LayerFacts, ReasonCode
 from service.contract.report import ReportWarning
 from service.contract.spec import CostWeights, JobSpec, Metric
-from service.contract.terms import LayerRule, LowRankTermSpec
+from service.contract.terms import LowRankTermSpec
 from worker.engine.csteps.additive import TermChoice
 from worker.engine.forms.geometry import Call, Geometry
 from worker.engine.forms.low_rank import LowRankTerm

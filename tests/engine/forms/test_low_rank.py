@@ -9,8 +9,9 @@ from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
 from service.contract.plan import Form
+from worker.engine.forms.factors import Factors
 from worker.engine.forms.geometry import Call, Geometry
-from worker.engine.forms.low_rank import Factors, LowRankTerm
+from worker.engine.forms.low_rank import LowRankTerm
 from worker.engine.forms.modules import SumOfBranches
 from worker.engine.forms.reshape import Reshape, named_reshape
 

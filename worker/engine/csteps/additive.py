@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from worker.engine.csteps.spectrum import Spectrum, leading_spectrum
-from worker.engine.forms.low_rank import Factors, LowRankTerm
+from worker.engine.forms.factors import Factors
+from worker.engine.forms.low_rank import LowRankTerm
 
 STALL_RELATIVE = 1e-4  # a sweep that gains less than this part of the objective ends the alternation
 SWEEPS_MAX = 10  # the authors' own number; most C steps stall long before

@@ -11,7 +11,7 @@ import scipy.linalg
 import torch
 from torch import Tensor
 
-from worker.engine.forms.low_rank import Factors
+from worker.engine.forms.factors import Factors
 
 _SMALLEST = torch.finfo(torch.float32).tiny
 
@@ -69,6 +69,11 @@ def leading_spectrum(matrix: Tensor, *, above: float | None = None, at_most: int
         count = int((energies > above).sum())
         energies, vectors = energies[:count], vectors[:, :count]
     return Spectrum(energies, _fix_signs(vectors), matrix)
+
+
+def select_rank(energies: Tensor, threshold: float, low: int, high: int) -> int:
+    """Rank of one term by the threshold of methods L.2: r* = #{i : σᵢ² > 2λα/μ}, within its bounds."""
+    return min(max(int((energies > threshold).sum()), low), high)
 
 
 def energies_of(matrix: Tensor) -> Tensor:

@@ -2,9 +2,12 @@
 
 from dataclasses import dataclass
 from math import prod
-from typing import Literal
 
 Pair = tuple[int, int]
+Shape = tuple[int, ...]
+
+CONVOLUTIONS = ("conv1d", "conv2d", "conv3d")
+TRANSPOSED = ("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
 
 
 @dataclass(frozen=True)
@@ -17,26 +20,40 @@ class Call:
 
 @dataclass(frozen=True)
 class Geometry:
-    """One linear or 2-D convolution layer without its numbers.
+    """One layer without its numbers.
 
     Parameters
     ----------
-    kind : "linear" or "conv2d"
-        The operator.
+    kind : str
+        The operator: "linear", "matmul" (x·W, so that W is a linear layer's weight transposed), "conv1d" to "conv3d",
+        "conv_transpose1d" to "conv_transpose3d", "embedding", or "parameter" for a weight whose operators are not
+        looked at.
     weight_shape : tuple of int
-        ``(m, n)`` of a linear layer, ``(n, c, kh, kw)`` of a convolution.
+        ``(m, n)`` of a linear layer, ``(n, m)`` of a matmul, ``(n, c/groups, k…)`` of a convolution,
+        ``(c, n/groups, k…)`` of a transposed one, ``(rows, width)`` of an embedding.
     calls : tuple of Call
         Every call of one forward pass of one sample; a layer in a loop has several.
-    stride, padding, dilation : (int, int)
+    stride, padding, dilation, output_padding : tuple of int
+        Of a convolution, one for each axis of its kernel; a padding of "same" is the operator's own, for totals that
+        are odd.
+    groups : int
         Of a convolution.
+    macs : int, optional
+        Multiply-adds as they were counted, where shapes do not say them ("parameter").
+    dtype_bits : int
+        Bits of one stored number of the weight.
     """
 
-    kind: Literal["linear", "conv2d"]
-    weight_shape: tuple[int, ...]
+    kind: str
+    weight_shape: Shape
     calls: tuple[Call, ...]
-    stride: Pair = (1, 1)
-    padding: Pair = (0, 0)
-    dilation: Pair = (1, 1)
+    stride: Shape = (1, 1)
+    padding: Shape | str = (0, 0)
+    dilation: Shape = (1, 1)
+    output_padding: Shape = (0, 0)
+    groups: int = 1
+    macs: int | None = None
+    dtype_bits: int = 32
 
     @property
     def weight_params(self) -> int:
@@ -46,5 +63,18 @@ class Geometry:
     @property
     def dense_macs(self) -> int:
         """Multiply-adds of the dense layer, summed over its calls."""
+        if self.macs is not None:
+            return self.macs
+        if self.kind in {"embedding", "parameter"}:
+            return 0
+        if self.kind == "matmul":
+            return sum(prod(call.output_shape) * self.weight_shape[0] for call in self.calls)
         inner = prod(self.weight_shape[1:])
+        if self.kind in TRANSPOSED:
+            return sum(prod(call.input_shape) * inner for call in self.calls)
         return sum(prod(call.output_shape) * inner for call in self.calls)
+
+    @property
+    def kernel(self) -> Shape:
+        """Sizes of a convolution's kernel; empty for other kinds."""
+        return self.weight_shape[2:] if self.kind in (*CONVOLUTIONS, *TRANSPOSED) else ()

@@ -1,12 +1,16 @@
 """A low-rank term: its cost per rank, and the plain module that its factors become (methods L.3)."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
 from math import prod
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
-from service.contract.plan import Form
+from service.contract.plan import Form, ReasonCode
+from service.contract.terms import LowRankTermSpec
+from worker.engine.csteps.spectrum import energies_of, leading_spectrum, select_rank
+from worker.engine.forms.factors import Factors
 from worker.engine.forms.geometry import Geometry, Pair
 from worker.engine.forms.modules import (
     ComposedConv2d,
@@ -15,33 +19,13 @@ from worker.engine.forms.modules import (
     ContractedLinear,
     SharedDepthwise,
 )
-from worker.engine.forms.reshape import HEIGHT, IN, OUT, WIDTH, Reshape, SubAxis, compose, named_reshape
+from worker.engine.forms.reshape import HEIGHT, IN, OUT, WIDTH, Reshape, SubAxis, compose, named_reshape, reshape_of
+from worker.engine.forms.term import Ask, Counts, Facts, NotApplicableError, Term
 
 Split = tuple[tuple[SubAxis, ...], tuple[SubAxis, ...]]
 
 
-@dataclass(frozen=True)
-class Factors:
-    """A low-rank matrix as ``left @ right``.
-
-    Parameters
-    ----------
-    left : Tensor
-        ``(p, r)``; with `right` balanced: both carry √σ.
-    right : Tensor
-        ``(r, q)``.
-    """
-
-    left: Tensor
-    right: Tensor
-
-    @property
-    def rank(self) -> int:
-        """Number of columns of `left`."""
-        return int(self.left.shape[1])
-
-
-class LowRankTerm:
+class LowRankTerm(Term):
     """One low-rank matrix under one reshape of one layer's weight.
 
     Where rows and columns of the matrix follow the weight's own axes the term is computed by two small operators
@@ -55,20 +39,106 @@ class LowRankTerm:
         The layer.
     """
 
-    type_name = "low_rank"
+    type_name: ClassVar[str] = "low_rank"
 
     def __init__(self, reshape: Reshape, geometry: Geometry) -> None:
         self.reshape = reshape
         self.geometry = geometry
-        self.key = reshape.key(geometry.weight_shape)
+        self._key = reshape.key(geometry.weight_shape)
         self._split = self._contraction()
-        self.form = self._name()
+        self._form = self._name()
         self.rank_max = min(reshape.matrix)
+
+    @classmethod
+    def from_spec(cls, spec: Any, geometry: Geometry) -> Self:
+        """Make the term of a `LowRankTermSpec`."""
+        assert isinstance(spec, LowRankTermSpec)  # noqa: S101  registered for this spec
+        reshape = reshape_of(spec, geometry.weight_shape)
+        if reshape is None:
+            form = Form(spec.reshape) if isinstance(spec.reshape, str) else Form.COMPOSED
+            raise NotApplicableError(ReasonCode.TERM_NOT_APPLICABLE, form)
+        return cls(reshape, geometry)
+
+    @classmethod
+    def from_facts(cls, facts: Facts, geometry: Geometry) -> Self:
+        """Make the term of a reshape."""
+        p, q = facts["matrix"]
+        return cls(Reshape(tuple(facts["view"]), tuple(facts["permute"]), (p, q)), geometry)
+
+    def facts(self) -> Facts:
+        """The reshape."""
+        reshape = self.reshape
+        return {"view": list(reshape.view), "permute": list(reshape.permute), "matrix": list(reshape.matrix)}
+
+    @property
+    def form(self) -> Form:
+        """As the reshape and the layer have it."""
+        return self._form
+
+    @property
+    def key(self) -> object:
+        """The set of low-rank matrices under the reshape."""
+        return self._key
 
     @property
     def composed(self) -> bool:
         """Whether the multiply-adds stay those of the dense layer."""
         return self._split is None
+
+    @property
+    def graded(self) -> bool:
+        """Ranks are chosen one by one by σ²."""
+        return True
+
+    @property
+    def units_max(self) -> int:
+        """The full rank."""
+        return self.rank_max
+
+    def units_asked(self, spec: Any) -> tuple[int, int] | None:
+        """The rank, or its bounds."""
+        if spec.rank is not None:
+            return spec.rank, spec.rank
+        if spec.min_rank is None and spec.max_rank is None:
+            return None
+        return spec.min_rank or 0, self.rank_max if spec.max_rank is None else spec.max_rank
+
+    def counts_at(self, units: int) -> Counts:
+        """Counts at a rank; those of composing are part of its multiply-adds."""
+        params = units * self.params_per_rank
+        return Counts(params, units * self.macs_per_rank, params * self.geometry.dtype_bits)
+
+    def least_counts(self, low: int) -> Counts:
+        """Counts at the lowest rank."""
+        return self.counts_at(low)
+
+    def energies(self, residual: Tensor) -> Tensor:
+        """σ² of the residual's matrix."""
+        return energies_of(self.reshape.to_matrix(residual))
+
+    def empty(self, like: Tensor) -> Factors:
+        """Factors of rank 0."""
+        p, q = self.reshape.matrix
+        return Factors(like.new_zeros((p, 0), dtype=torch.float64), like.new_zeros((0, q), dtype=torch.float64))
+
+    def fit(self, residual: Tensor, ask: Ask, warm: Factors | None = None) -> Factors:  # noqa: ARG002
+        """Closed form: the pairs above the threshold, within the bounds (methods L.2)."""
+        matrix = self.reshape.to_matrix(residual)
+        if ask.low == ask.high:
+            return leading_spectrum(matrix, at_most=ask.high).factors(ask.high)
+        threshold = ask.pressure * ask.price(self.counts_at(1))
+        spectrum = leading_spectrum(matrix, above=threshold)
+        rank = select_rank(spectrum.energies, threshold, ask.low, ask.high)
+        if rank > spectrum.energies.shape[0]:
+            spectrum = leading_spectrum(matrix, at_most=rank)
+        return spectrum.factors(rank)
+
+    def restore(self, tensors: Mapping[str, Tensor], facts: Facts) -> Factors:
+        """Factors of a rank."""
+        if tensors:
+            return Factors(tensors["left"], tensors["right"])
+        (p, q), rank = self.reshape.matrix, facts["rank"]
+        return Factors(torch.zeros(p, rank), torch.zeros(rank, q))
 
     @property
     def params_per_rank(self) -> int:

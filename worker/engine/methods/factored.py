@@ -24,7 +24,7 @@ from worker.engine.assembly import (
 from worker.engine.course import Course
 from worker.engine.csteps.additive import Projection, project
 from worker.engine.evaluation import evaluate
-from worker.engine.forms.low_rank import Factors
+from worker.engine.forms.factors import Factors
 from worker.engine.layer_rules import UNITS, size_metric
 from worker.engine.methods.context import Context, Outcome, ProgressMeter
 from worker.engine.methods.learning_rate import range_test

@@ -20,7 +20,7 @@ from service.contract.states import Phase
 from worker.engine.assembly import state_of
 from worker.engine.course import Course
 from worker.engine.csteps.additive import Projection
-from worker.engine.forms.low_rank import Factors
+from worker.engine.forms.factors import Factors
 from worker.engine.methods.context import Context, Outcome, ProgressMeter
 from worker.engine.methods.factored import finish
 from worker.engine.methods.learning_rate import loss_limit, range_test, step_rate

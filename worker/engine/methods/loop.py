@@ -12,7 +12,7 @@ from service.contract.plan import RankRow
 from worker.engine.assembly import load_state, state_in_place
 from worker.engine.course import Course
 from worker.engine.csteps.additive import Projection
-from worker.engine.forms.low_rank import Factors
+from worker.engine.forms.factors import Factors
 from worker.engine.methods.context import Context
 from worker.engine.observer import Saved
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from worker.engine.csteps.additive import Projection, empty_factors, project
 from worker.engine.csteps.spectrum import energies_of
-from worker.engine.forms.low_rank import Factors
+from worker.engine.forms.factors import Factors
 from worker.engine.layer_rules import LayerProblem
 from worker.engine.selection.curves import curves_of, estimate_pressure
 

@@ -1,0 +1,63 @@
+"""What every term of a sum has in a spec, and the terms that are installed (entry points ``rankpress.terms``).
+
+An entry point names a spec class that needs pydantic alone; the class names its compression in the engine, which a
+worker loads when it meets the term. So the API knows, checks and describes a term without loading PyTorch.
+"""
+
+from functools import cache
+from importlib.metadata import entry_points
+from typing import Any, ClassVar
+
+from pydantic import GetCoreSchemaHandler
+from pydantic_core import CoreSchema, core_schema
+
+from service.contract.strict import StrictModel
+
+GROUP = "rankpress.terms"
+DEFAULT = "low_rank"  # of a term that does not say its type
+
+
+class TermSpec(StrictModel):
+    """A term of the sum that a layer's weight becomes."""
+
+    engine: ClassVar[str]  # "package.module:Class", a worker.engine.forms.term.Term
+    type: str
+
+    @property
+    def fixes_its_size(self) -> bool:
+        """Whether the term's size is given, so that no budget is needed to choose it."""
+        return True
+
+    @property
+    def distinct_key(self) -> object:
+        """Equal for two terms of one rule whose sum is a single term of the same kind; None where that cannot be."""
+        return None
+
+    @classmethod
+    def abilities(cls) -> dict[str, Any]:
+        """What `capabilities` says of the term beside its type."""
+        return {"description": (cls.__doc__ or "").strip().partition("\n")[0]}
+
+
+@cache
+def term_specs() -> dict[str, type[TermSpec]]:
+    """The spec class of every installed term, by its type."""
+    return {point.name: point.load() for point in sorted(entry_points(group=GROUP), key=lambda point: point.name)}
+
+
+class AnyTerm:
+    """Annotation of a field that takes any installed term."""
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        """Tell terms apart by their type."""
+        return core_schema.tagged_union_schema(
+            {name: handler.generate_schema(spec) for name, spec in term_specs().items()},
+            discriminator=_type_of,
+            custom_error_type="term_type",
+            custom_error_message=f"a term's type is one of {', '.join(term_specs())}",
+        )
+
+
+def _type_of(value: Any) -> Any:
+    return value.get("type", DEFAULT) if isinstance(value, dict) else getattr(value, "type", None)
