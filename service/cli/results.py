@@ -3,10 +3,11 @@
 from collections.abc import Sequence
 
 from service.cli.tables import count, percent, table
-from service.contract.plan import Form, LayerPlan, RankRow
+from service.contract.plan import Form, LayerPlan, RankRow, TermPlan
 from service.contract.report import LATENCY_SLOWER_RATIO, Measured, PairedDifference, Report
 
 _SHARES = frozenset({"accuracy", "agreement"})
+_STAY_NOTE = "\n(stay): the dense operator uses a weight that is composed from its parts, so its multiply-adds stay"
 
 
 def report_text(report: Report) -> str:
@@ -78,32 +79,45 @@ def _latencies(reference: Measured, compressed: Measured) -> list[tuple[str, str
 
 
 def layer_table(layers: Sequence[LayerPlan]) -> str:
-    """One line per layer: what it became, at which ranks, cost and error, or why it stayed dense."""
+    """One line per layer: what it became, of which size, cost and error, or why it stayed dense."""
     rows = [
         (
             layer.name,
             layer.kind,
             layer.form.value,
-            ranks_text(layer),
+            terms_text(layer),
             count(layer.macs),
-            count(layer.compressed_macs),
+            count(layer.compressed_macs) + (" (stay)" if _stay(layer) else ""),
+            "–" if layer.compressed_bits is None else count(-(-layer.compressed_bits // 8)),
             f"{layer.relative_error:.2g}" if layer.form is not Form.DENSE else "–",
             layer.reason.value if layer.reason else "",
         )
         for layer in layers
     ]
-    head = ("layer", "kind", "form", "ranks", "MACs before", "MACs after", "error", "reason")
-    return table(head, rows, right=frozenset({4, 5, 6})) if rows else ""
+    head = ("layer", "kind", "form", "terms", "MACs before", "MACs after", "bytes", "error", "reason")
+    note = _STAY_NOTE if any(_stay(layer) for layer in layers) else ""
+    return table(head, rows, right=frozenset({4, 5, 6, 7})) + note if rows else ""
 
 
-def ranks_text(layer: LayerPlan) -> str:
-    """The ranks of the terms that stand, with their forms where there are several."""
-    terms = [term for term in layer.terms if term.rank]
-    if layer.form is Form.DENSE or not terms:
-        return "–"
+def terms_text(layer: LayerPlan) -> str:
+    """The sizes of the terms that stand, each in its own unit, with their forms where there are several."""
+    terms = _kept(layer)
     if len(terms) == 1:
-        return str(terms[0].rank)
-    return " + ".join(f"{term.form.value} {term.rank}" for term in terms)
+        return _size(terms[0])
+    return " + ".join(f"{term.form.value} {_size(term)}" for term in terms) or "–"
+
+
+def _kept(layer: LayerPlan) -> list[TermPlan]:
+    return [] if layer.form is Form.DENSE else [term for term in layer.terms if term.rank]
+
+
+def _stay(layer: LayerPlan) -> bool:
+    return any(term.macs_stay for term in _kept(layer))
+
+
+def _size(term: TermPlan) -> str:
+    """Say a term's size, as the service put it or, of an older one, by its rank."""
+    return term.summary or f"rank {term.rank}"
 
 
 def history_table(rows: Sequence[RankRow]) -> str:
@@ -113,6 +127,7 @@ def history_table(rows: Sequence[RankRow]) -> str:
             str(row.step),
             row.layer,
             str(row.term),
+            row.type,
             row.form.value,
             "–" if row.rank is None else str(row.rank),
             count(row.params),
@@ -122,5 +137,5 @@ def history_table(rows: Sequence[RankRow]) -> str:
         )
         for row in rows
     ]
-    head = ("step", "layer", "term", "form", "rank", "params", "MACs", "error", "")
-    return table(head, lines, right=frozenset({0, 4, 5, 6, 7}))
+    head = ("step", "layer", "term", "type", "form", "rank", "params", "MACs", "error", "")
+    return table(head, lines, right=frozenset({0, 5, 6, 7, 8}))

@@ -3,6 +3,8 @@
 from collections import defaultdict
 from collections.abc import Sequence
 from enum import StrEnum
+from math import prod
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
@@ -25,6 +27,12 @@ class Form(StrEnum):
     BIAS_ALONE = "bias_alone"  # every term has rank 0
     SUM = "sum"
     COMPOSED = "composed"  # the weight is rebuilt from its factors: fewer parameters, the dense multiply-adds
+
+
+DENSE_TYPE = "dense"  # of the row of a dense layer, where a term's row has the term's type
+
+# The dense operator uses the composed weight, so its multiply-adds stay; `macs_stay` in the details overrules it.
+_COMPOSED_FORMS = frozenset({Form.COMPOSED, Form.QUANTIZED, Form.PRUNED})
 
 
 class ReasonCode(StrEnum):
@@ -102,10 +110,13 @@ class RankRow(BaseModel):
     step: int  # C step, from 0; the final choice carries the step after the last
     layer: str
     term: int  # position in the layer's sum; 0 for a dense layer
+    type: str = "low_rank"  # of the term; "dense" of a dense layer
     form: Form
-    rank: int | None = None  # None where there is no rank: a dense layer
+    rank: int | None = None  # units: ranks, kept weights, values; None where there are none: a dense layer
     params: int = 0  # of this term alone; a layer's bias counts with its first term that is kept
     macs: int = 0
+    bits: int = 0  # of everything that is stored; 0 where nobody counted them
+    details: dict[str, Any] = {}  # what the term says beside its units: {"kept": 120, "index": "bitmap"}
     relative_error: float = 0.0  # of the whole layer: ‖W − ΣΘ‖ / ‖W‖
     reason: ReasonCode | None = None
     chosen: bool = False
@@ -117,10 +128,14 @@ class TermPlan(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     term: int
+    type: str = "low_rank"
     form: Form
     rank: int | None = None
     params: int
     macs: int
+    bits: int = 0
+    details: dict[str, Any] = {}
+    summary: str = ""  # the size in words: "rank 5", "4 values", "kept 1.0 %"
     reason: ReasonCode | None = None
     macs_stay: bool = False  # composed: fewer parameters, the dense multiply-adds
 
@@ -134,6 +149,7 @@ class LayerPlan(LayerFacts):
     relative_error: float = 0.0
     compressed_params: int
     compressed_macs: int | None = None
+    compressed_bits: int | None = None  # None where not every part of the layer was counted
     terms: list[TermPlan] = []
     step: int | None = None
 
@@ -164,7 +180,8 @@ def _plan(facts: LayerFacts, rows: list[RankRow]) -> LayerPlan:
         relative_error=max((row.relative_error for row in rows), default=0.0),
         compressed_params=sum(row.params for row in rows) if rows else facts.params,
         compressed_macs=_compressed_macs(facts, rows),
-        terms=[_term(row) for row in sorted(rows, key=lambda row: row.term) if row.form is not Form.DENSE],
+        compressed_bits=_compressed_bits(rows, kept),
+        terms=[_term(row, facts) for row in sorted(rows, key=lambda row: row.term) if row.form is not Form.DENSE],
         step=rows[0].step if rows else None,
     )
 
@@ -184,13 +201,26 @@ def _compressed_macs(facts: LayerFacts, rows: list[RankRow]) -> int | None:
     return sum(row.macs for row in rows)
 
 
-def _term(row: RankRow) -> TermPlan:
-    return TermPlan(
-        term=row.term,
-        form=row.form,
-        rank=row.rank,
-        params=row.params,
-        macs=row.macs,
-        reason=row.reason,
-        macs_stay=row.form is Form.COMPOSED,
-    )
+def _compressed_bits(rows: list[RankRow], kept: list[RankRow]) -> int | None:
+    counted = bool(rows) and all(row.bits > 0 for row in (kept or rows))
+    return sum(row.bits for row in rows) if counted else None
+
+
+def _term(row: RankRow, facts: LayerFacts) -> TermPlan:
+    shared = row.model_dump(include={"term", "type", "form", "rank", "params", "macs", "bits", "details", "reason"})
+    macs_stay = bool(row.details.get("macs_stay", row.form in _COMPOSED_FORMS))
+    return TermPlan(**shared, summary=_summary(row, facts), macs_stay=macs_stay)
+
+
+def _summary(row: RankRow, facts: LayerFacts) -> str:
+    """Say a term's size in its own unit."""
+    units = row.rank or 0
+    if row.type == "tucker2":
+        return f"ranks {row.details.get('rank_in', units)}×{row.details.get('rank_out', units)}"
+    if row.type == "quantize":
+        return f"{row.details.get('values', units)} values"
+    if row.type == "prune":
+        weights = prod(facts.weight_shape) if facts.weight_shape else 0
+        kept = row.details.get("kept", units)
+        return f"kept {100 * kept / weights:.1f} %" if weights else f"kept {kept}"
+    return f"rank {units}" if row.type == "low_rank" else f"{row.type} {units}"

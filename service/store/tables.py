@@ -136,6 +136,7 @@ class Job(Base):
     retry_of: Mapped[str | None] = mapped_column(String(40))
     model_id: Mapped[str] = mapped_column(ForeignKey("models.id"), index=True)
     dataset_id: Mapped[str | None] = mapped_column(ForeignKey("datasets.id"), index=True)
+    objective_model_id: Mapped[str | None] = mapped_column(ForeignKey("models.id"), index=True)  # its loss
     requested_spec: Mapped[JsonObject]
     spec: Mapped[JsonObject]
     spec_sha256: Mapped[str] = mapped_column(String(64))
@@ -228,7 +229,7 @@ class Layer(Base):
 
 
 class RankConfiguration(Base):
-    """Which form and rank stood for one term of one layer at one step, and whether it was chosen."""
+    """Which form and size stood for one term of one layer at one step, and whether it was chosen."""
 
     __tablename__ = "rank_configurations"
 
@@ -237,10 +238,13 @@ class RankConfiguration(Base):
     layer: Mapped[str] = mapped_column(primary_key=True)
     term: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=False)
     epoch: Mapped[int] = mapped_column(Integer)
+    type: Mapped[str] = mapped_column(String(40), default="low_rank", server_default="low_rank")
     form: Mapped[str] = mapped_column(String(40))
-    rank: Mapped[int | None] = mapped_column(Integer)
+    rank: Mapped[int | None]
     params: Mapped[int]
     macs: Mapped[int]
+    bits: Mapped[int] = mapped_column(default=0, server_default="0")
+    details: Mapped[JsonObject] = mapped_column(default=dict, server_default="{}")
     relative_error: Mapped[float]
     reason: Mapped[str | None] = mapped_column(String(40))
     chosen: Mapped[bool] = mapped_column(default=False)

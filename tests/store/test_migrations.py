@@ -7,8 +7,11 @@ import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
 from sqlalchemy import CheckConstraint, create_engine, inspect, text
+from submissions import claim_job, submit_job
 
+from service.contract.plan import Form, RankRow
 from service.store.migration import migrate, migrate_down, schema_at_head
+from service.store.ranks import insert_rank_rows, rank_history
 from service.store.session import Database
 from service.store.tables import Base
 
@@ -42,6 +45,27 @@ def test_up_down_and_up_again(bare):
     assert set(inspect(bare.engine).get_table_names()) == {"alembic_version"}
     migrate(bare)
     assert schema_at_head(bare)
+
+
+def test_rows_survive_the_way_down_and_up(bare):
+    migrate(bare)
+    job_id = submit_job(bare)
+    claimed = claim_job(bare)
+    many = RankRow(
+        step=0, layer="a", term=0, type="prune", form=Form.PRUNED, rank=2**40, details={"kept": 2**40}, bits=9
+    )
+    dense = RankRow(step=0, layer="b", term=0, type="dense", form=Form.DENSE, bits=2**40)
+    with bare.write() as session:
+        assert insert_rank_rows(session, job_id, claimed.epoch, [many, dense])
+    migrate_down(bare, "0002")
+    migrate(bare)
+    with bare.read() as session:
+        found = [(row.layer, row.type, row.rank, row.bits, row.details) for row in rank_history(session, job_id)]
+    assert found == [("a", "low_rank", 2**31 - 1, 0, {}), ("b", "dense", None, 0, {})]
+    with bare.write() as session:
+        assert insert_rank_rows(session, job_id, claimed.epoch, [many])
+    with bare.read() as session:
+        assert rank_history(session, job_id)[0] == many
 
 
 def test_models_equal_head(bare):

@@ -61,6 +61,26 @@ def test_the_plan_is_read_from_the_rows(database, running):
     assert (emb.reason, emb.compressed_macs) == ("UNSUPPORTED_KIND", None)
 
 
+def test_a_term_says_its_size_in_its_own_unit(database, running):
+    quantized = {"type": "quantize", "details": {"values": 4}, "bits": 300}
+    pruned = {"type": "prune", "details": {"kept": 8, "index": "bitmap"}, "bits": 120}
+    write(database, running, [
+        row(0, "conv", 0, Form.QUANTIZED, 4, 216, 0, **quantized),
+        row(0, "conv", 1, Form.PRUNED, 8, 8, 1000, **pruned),
+        row(0, "fc", 0, Form.MATRIX, 3, 64, 54, bits=2048),
+        row(0, "emb", 0, Form.TUCKER2, 3, 40, 0, type="tucker2", details={"rank_out": 5}),
+    ])  # fmt: skip
+    conv, fc, emb = plan(database, running.job_id)
+    assert (conv.form, conv.compressed_bits, conv.compressed_macs) == ("sum", 420, 1000)
+    assert [(term.type, term.summary, term.macs_stay) for term in conv.terms] == [
+        ("quantize", "4 values", True), ("prune", "kept 3.7 %", True),
+    ]  # fmt: skip
+    assert conv.terms[1].details == {"kept": 8, "index": "bitmap"}
+    assert [(term.summary, term.macs_stay) for term in fc.terms] == [("rank 3", False)]
+    assert (fc.compressed_bits, emb.compressed_bits) == (2048, None)
+    assert emb.terms[0].summary == "ranks 3×5"
+
+
 def test_a_dropped_term_is_shown_with_its_reason(database, running):
     write(database, running, [
         row(0, "conv", 0, Form.CHANNEL, 2, 100, 400, reason=ReasonCode.RANK_SELECTED),

@@ -30,7 +30,7 @@ def test_retry_prints_the_new_job(stub: StubService, capsys: Captured) -> None:
 def test_retry_can_wait_for_the_end(stub: StubService, capsys: Captured) -> None:
     assert run(["retry", "job_old", "--wait"]) == ExitCode.DONE
     shown = capsys.readouterr()
-    assert "channel 2 + spatial 1" in shown.out
+    assert "channel rank 2 + spatial rank 1" in shown.out
     assert f"rankpress fetch {stub.job_id}" in shown.err
     stub.polls, stub.end = 0, JobState.FAILED
     assert run(["retry", "job_old", "--wait"]) == ExitCode.FAILED

@@ -47,7 +47,7 @@ def test_compress_ends_with_file_and_table(
     for text in (
         "-0.50 points  [-1.20, +0.20] at 95 %, n = 400",
         "150.0 %  slower than the reference",
-        "channel 2 + spatial 1",
+        "channel rank 2 + spatial rank 1",
         "NOT_CHEAPER",
         "warning: SLOWER",
         "reached 350",
