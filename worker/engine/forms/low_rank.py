@@ -311,15 +311,19 @@ class LowRankTerm(Term):
 
     # --- composed ---------------------------------------------------------------------------------------------------
 
-    def _emit_composed(self, factors: Factors, bias: nn.Parameter | None) -> nn.Module:
+    def emit_weight(self, factors: Factors) -> ComposedWeight:
+        """Make the module that rebuilds the weight from the factors."""
         permute = self.reshape.permute
-        weight = ComposedWeight(
+        return ComposedWeight(
             factors.left.detach().clone().contiguous(),
             factors.right.detach().clone().contiguous(),
             permuted=[self.reshape.view[axis] for axis in permute],
             inverse=[permute.index(axis) for axis in range(len(permute))],
             weight_shape=list(self.geometry.weight_shape),
         )
+
+    def _emit_composed(self, factors: Factors, bias: nn.Parameter | None) -> nn.Module:
+        weight = self.emit_weight(factors)
         if self.geometry.kind == "linear":
             return ComposedLinear(weight, bias)
         geometry = self.geometry

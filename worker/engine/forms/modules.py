@@ -21,6 +21,22 @@ class SumOfBranches(nn.Module):
         return total
 
 
+class SumOfWeights(nn.Module):
+    """Modules whose `forward()` gives a weight, summed: Δ₁(Θ₁) + Δ₂(Θ₂) and so on."""
+
+    def __init__(self, weights: list[nn.Module]) -> None:
+        super().__init__()
+        self.weights = nn.ModuleList(weights[1:])
+        self.first = weights[0]
+
+    def forward(self) -> Tensor:
+        """Sum of the weights."""
+        total: Tensor = self.first()
+        for weight in self.weights:
+            total = total + weight()
+        return total
+
+
 class SharedDepthwise(nn.Module):
     """The same r spatial filters on every channel: (…, c, H, W) → (…, c·r, H', W')."""
 
