@@ -205,12 +205,22 @@ def test_training_resumes_bit_for_bit_while_the_executor_may_not_optimise() -> N
     assert all(torch.equal(expected[name], value) for name, value in resumed.state_dict().items())
 
 
-def test_names_that_do_not_exist_or_are_shared_are_refused() -> None:
-    module = load_model(build("shared", "scripted"))
+def test_names_that_do_not_exist_and_layers_without_one_input_are_refused() -> None:
     with pytest.raises(KeyError, match="nothing"):
-        replace_layers(module, {"nothing": nn.Linear(6, 6)})
-    with pytest.raises(ValueError, match="stays dense"):
-        replace_layers(module, {"fc": nn.Linear(6, 6)})
+        replace_layers(load_model(build("shared", "scripted")), {"nothing": nn.Linear(6, 6)})
+    with pytest.raises(ValueError, match="takes no branch"):
+        replace_layers(load_model(build("many_kinds", "scripted")), {"unused.weight": nn.Linear(6, 6)})
+
+
+@pytest.mark.parametrize("how", ["scripted", "traced"])
+def test_a_layer_at_two_places_is_replaced_at_both(how: str) -> None:
+    file = build("shared", how)
+    module = load_model(file)
+    layer = next(each for each in take_census(module, CASES["shared"].inputs(1)).layers if each.name == "fc")
+    replace_layers(module, {"fc": factor_pair(layer, module.state_dict())})
+    exported = torch.jit.load(io.BytesIO(export_bytes(module)))
+    assert_same(load_model(file), exported, CASES["shared"].inputs(4))
+    assert "fc.weight" not in dict(exported.named_parameters())
 
 
 FRESH = """
