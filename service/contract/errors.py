@@ -39,6 +39,8 @@ class ErrorCode(StrEnum):
     MODEL_RAISED = "MODEL_RAISED"
     INPUT_SHAPE_MISMATCH = "INPUT_SHAPE_MISMATCH"
     DATASET_INVALID = "DATASET_INVALID"
+    OBJECTIVE_INVALID = "OBJECTIVE_INVALID"
+    OBJECTIVE_RAISED = "OBJECTIVE_RAISED"
     # A job that could not end well.
     CONSTRAINT_UNREACHABLE = "CONSTRAINT_UNREACHABLE"
     VERIFICATION_FAILED = "VERIFICATION_FAILED"
@@ -75,6 +77,8 @@ _STATUS_AND_TITLE: dict[ErrorCode, tuple[HTTPStatus, str]] = {
     ErrorCode.MODEL_RAISED: (HTTPStatus.UNPROCESSABLE_ENTITY, "The model raised an error in forward"),
     ErrorCode.INPUT_SHAPE_MISMATCH: (HTTPStatus.UNPROCESSABLE_ENTITY, "The data does not fit the model"),
     ErrorCode.DATASET_INVALID: (HTTPStatus.UNPROCESSABLE_ENTITY, "The dataset cannot be used"),
+    ErrorCode.OBJECTIVE_INVALID: (HTTPStatus.UNPROCESSABLE_ENTITY, "The objective's module cannot be used as a loss"),
+    ErrorCode.OBJECTIVE_RAISED: (HTTPStatus.UNPROCESSABLE_ENTITY, "The objective's module raised an error"),
     ErrorCode.CONSTRAINT_UNREACHABLE: (HTTPStatus.UNPROCESSABLE_ENTITY, "The budget cannot be reached"),
     ErrorCode.VERIFICATION_FAILED: (HTTPStatus.UNPROCESSABLE_ENTITY, "The artifact does not answer like the network"),
     ErrorCode.DIVERGED: (HTTPStatus.UNPROCESSABLE_ENTITY, "Training diverged"),

@@ -13,6 +13,24 @@ _REASON_CHARACTERS = 500
 
 
 def load_model(source: Path | bytes, device: torch.device | str = "cpu") -> torch.jit.ScriptModule:
+    """Load a network: a TorchScript file with a `forward`; see `load_script`.
+
+    Raises
+    ------
+    ProblemError
+        `MODEL_CORRUPT` if torch cannot load it, `MODEL_UNSUPPORTED` if it has no `forward` or is tied to
+        another device.
+    """
+    module = load_script(source, device)
+    if "forward" not in module._c._method_names():
+        raise ProblemError(
+            ErrorCode.MODEL_UNSUPPORTED,
+            "The model has no forward method; export one with torch.jit.script or torch.jit.trace.",
+        )
+    return module
+
+
+def load_script(source: Path | bytes, device: torch.device | str = "cpu") -> torch.jit.ScriptModule:
     """Load a TorchScript file as a fresh module whose tensors and device constants are on one device.
 
     Parameters
@@ -30,8 +48,7 @@ def load_model(source: Path | bytes, device: torch.device | str = "cpu") -> torc
     Raises
     ------
     ProblemError
-        `MODEL_CORRUPT` if torch cannot load it, `MODEL_UNSUPPORTED` if it has no `forward` or is tied to
-        another device.
+        `MODEL_CORRUPT` if torch cannot load it, `MODEL_UNSUPPORTED` if it is tied to another device.
     """
     target = torch.device(device)
     opened = io.BytesIO(source) if isinstance(source, bytes) else str(source)
@@ -43,11 +60,6 @@ def load_model(source: Path | bytes, device: torch.device | str = "cpu") -> torc
             f"torch {torch.__version__} cannot load the file as TorchScript: {trim_reason(error)}. "
             "Save the model again with torch.jit.save and upload that file.",
         ) from error
-    if "forward" not in module._c._method_names():
-        raise ProblemError(
-            ErrorCode.MODEL_UNSUPPORTED,
-            "The model has no forward method; export one with torch.jit.script or torch.jit.trace.",
-        )
     _move_device_constants(module, target)
     return module
 
