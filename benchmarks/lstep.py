@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from benchmarks.networks import CLASSES, Workload, workloads
 from benchmarks.options import parser
 from benchmarks.outcome import Limit, Sample, conclude, say
-from service.contract.spec import DataSpec, JobSpec, SgdSpec, parse_spec
+from service.contract.spec import DataSpec, JobSpec, SgdSpec, Training, parse_spec
 from worker.engine.data import Dataset, epoch_order
 from worker.engine.data_files import Arrays
 from worker.engine.device import prepare_process
@@ -116,8 +116,8 @@ class Bench:
     def engine_epoch(self, *, penalised: bool) -> Callable[[int], float]:
         """The engine's training loop, with or without the pull of every compressible weight."""
         module = load_model(self.model)
-        optimizer_spec, batch_size = SgdSpec(lr=LEARNING_RATE), self.workload.batch_size
-        trainer = Trainer(module, self.dataset, self.objective, self.teacher, optimizer_spec, batch_size, SEED, CPU)
+        spec = Training(optimizer=SgdSpec(lr=LEARNING_RATE), batch_size=self.workload.batch_size)
+        trainer = Trainer(module, self.dataset, self.objective, self.teacher, spec, SEED, CPU)
         optimizer = trainer.optimizer(LEARNING_RATE)
         penalty = self._penalty(module) if penalised else None
         return lambda number: trainer.epoch(optimizer, (number,), penalty)

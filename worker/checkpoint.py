@@ -12,7 +12,7 @@ from service.contract.marks import mark
 from worker.channel import CheckpointMessage
 from worker.engine.observer import Saved
 
-FORMAT = 2  # counts up when a state of before cannot be taken up any more
+FORMAT = 3  # counts up when a state of before cannot be taken up any more
 STATE_KEY = "rankpress_state"  # the only key: of several, safetensors does not keep the order
 
 

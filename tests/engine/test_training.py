@@ -11,7 +11,7 @@ from tiny_jobs import ConvNet, Mlp, save_data, save_model
 from torch.nn import functional as F
 
 from service.contract.errors import ErrorCode, ProblemError
-from service.contract.spec import DataSpec, SgdSpec
+from service.contract.spec import DataSpec, SgdSpec, Training
 from service.contract.spec import Objective as ObjectiveSpec
 from worker.engine import training
 from worker.engine.data import Dataset, epoch_order
@@ -34,7 +34,8 @@ def make_trainer(
         save_data(tmp_path / "data.npz", model, shape, count=100)
     dataset = Dataset(dict(np.load(tmp_path / "data.npz")), DataSpec(), 0, ["x"])
     objective = Objective(ObjectiveSpec(loss="cross_entropy", distillation=0.0))
-    return Trainer(load_model(model), dataset, objective, None, SgdSpec.model_validate(sgd), batch_size, 5, CPU)
+    spec = Training(optimizer=SgdSpec.model_validate(sgd), batch_size=batch_size)
+    return Trainer(load_model(model), dataset, objective, None, spec, 5, CPU)
 
 
 def weights_of(trainer: Trainer) -> dict[str, torch.Tensor]:

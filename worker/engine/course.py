@@ -72,6 +72,7 @@ class Course:
             "loss_sum": float(place.loss_sum),
             "loss": place.loss,
             "micro_batch_size": self.trainer.micro_batch_size,
+            "scale": self.trainer.precision.save(),
         }
         return Saved(tensors, state)
 
@@ -87,6 +88,7 @@ class Course:
             saved.under("random.").tensors,
         )
         self.trainer.micro_batch_size = state["micro_batch_size"]
+        self.trainer.precision.load(state["scale"])
         momenta = saved.under("momentum.").tensors
         for name, parameter in self._parameters():
             if name in momenta:  # copied as the parameter is laid out, which is how PyTorch makes it
@@ -94,5 +96,6 @@ class Course:
                 self.optimizer.state[parameter]["momentum_buffer"] = buffer
 
     def _parameters(self) -> list[tuple[str, torch.Tensor]]:
-        names = [name for name, parameter in self.trainer.module.named_parameters() if parameter.requires_grad]
-        return list(zip(names, self.optimizer.param_groups[0]["params"], strict=True))
+        names = [name for group in self.trainer.named_groups() for name, _ in group]
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        return list(zip(names, parameters, strict=True))

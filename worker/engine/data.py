@@ -117,11 +117,11 @@ class Dataset:
 
     def _read(self, part: Part, positions: np.ndarray, device: torch.device) -> "Batch":
         rows = positions if part.rows is None else part.rows[positions]
-        inputs = tuple(self._prepare(np.asarray(array[rows])).to(device) for array in part.inputs)
+        inputs = tuple(self.prepare(np.asarray(array[rows])).to(device) for array in part.inputs)
         targets = tuple(_target(np.asarray(array[rows]), self.dtype).to(device) for array in part.targets)
         return Batch(inputs, targets)
 
-    def _prepare(self, raw: np.ndarray) -> Tensor:
+    def prepare(self, raw: np.ndarray) -> Tensor:
         """Raw rows as inputs: layout, then (x·scale − mean)/std; whole numbers other than uint8 stay what they are."""
         spec = self.spec
         tensor = _as_tensor(raw)

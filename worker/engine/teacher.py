@@ -1,5 +1,7 @@
 """The reference's own outputs, which the network learns to match."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -36,10 +38,14 @@ class Teacher:
             self._cache[part] = self._compute(part, batch)
         cached = self._cache[part]
         if cached is None:
-            with torch.no_grad():
-                return call(self.module, batch.inputs)
+            return self.answers(batch.inputs)
         index = torch.from_numpy(np.ascontiguousarray(positions)).to(self.device)
         return tuple(output.index_select(0, index) for output in cached)
+
+    def answers(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Outputs for inputs that are of no part, such as augmented ones; nothing is kept."""
+        with torch.no_grad():
+            return call(self.module, inputs)
 
     def _compute(self, part: PartName, batch: Batch) -> tuple[Tensor, ...] | None:
         with torch.no_grad():

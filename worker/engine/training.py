@@ -9,11 +9,14 @@ import torch
 from torch import Tensor
 
 from service.contract.errors import ErrorCode, ProblemError
-from service.contract.spec import SgdSpec
+from service.contract.spec import Training
+from worker.engine.augmentation import Augmenter, Moves
 from worker.engine.data import Batch, Dataset, epoch_order
+from worker.engine.decay import ProductDecay
 from worker.engine.device import restore_random_states
 from worker.engine.forward import call, out_of_memory
 from worker.engine.objective import Objective
+from worker.engine.precision import Precision
 from worker.engine.teacher import Teacher
 
 HALVINGS_MAX = 2  # out of memory halves the batch twice, with gradient accumulation, then fails
@@ -122,46 +125,74 @@ class Trainer:
         What is minimised.
     teacher : Teacher or None
         The reference's outputs.
-    spec : SgdSpec
-        The optimiser.
-    batch_size : int
-        Samples of one update.
+    spec : Training
+        Optimiser, batch size, augmentation and arithmetic.
     seed : int
-        Of the order of samples and of dropout.
+        Of the order of samples, of dropout and of augmentation.
     device : torch.device
         Where the network stands.
+    pairs : sequence of (str, str)
+        Names of parameters U and V of factored layers, on whose product the weight decay may be; see `ProductDecay`.
     """
 
     module: torch.jit.ScriptModule
     dataset: Dataset
     objective: Objective
     teacher: Teacher | None
-    spec: SgdSpec
-    batch_size: int
+    spec: Training
     seed: int
     device: torch.device
+    pairs: Sequence[tuple[str, str]] = ()
+    precision: Precision = field(init=False)
     micro_batch_size: int = field(init=False)
     updates_per_epoch: int = field(init=False)
 
     def __post_init__(self) -> None:
+        self.precision = Precision(self.spec, self.device)
+        augmentation = self.spec.augmentation
+        self._augmenter = None if augmentation is None else Augmenter(augmentation, self.dataset)
+        self._moves: Moves | None = None  # of the present epoch
+        self._decay = self._product_decay()
         self.micro_batch_size = self._largest_batch
         full, left = divmod(self.dataset.size("train"), self.batch_size)
         # A single sample that is left over makes no update: batch norm cannot train on it.
         self.updates_per_epoch = full + (left > 1 or (left == 1 and full == 0))
 
     @property
+    def batch_size(self) -> int:
+        """Samples of one update."""
+        return self.spec.batch_size
+
+    @property
     def _largest_batch(self) -> int:
         return min(self.batch_size, self.dataset.size("train"))
 
+    def named_groups(self) -> list[list[tuple[str, Tensor]]]:
+        """Trainable parameters as the optimiser's groups have them: factors under product decay are the second."""
+        apart = {name for pair in self.pairs for name in pair} if self._decay is not None else set()
+        named: list[tuple[str, Tensor]] = [each for each in self.module.named_parameters() if each[1].requires_grad]
+        groups = [[each for each in named if each[0] not in apart], [each for each in named if each[0] in apart]]
+        return [group for group in groups if group]
+
     def optimizer(self, learning_rate: float) -> torch.optim.SGD:
         """Make a fresh optimiser over every trainable parameter."""
+        spec, groups = self.spec.optimizer, [[each for _, each in group] for group in self.named_groups()]
+        decays = [spec.weight_decay] * len(groups)
+        if self._decay is not None:
+            decays[-1] = 0.0
         return torch.optim.SGD(
-            [parameter for parameter in self.module.parameters() if parameter.requires_grad],
+            [{"params": group, "weight_decay": decay} for group, decay in zip(groups, decays, strict=True)],
             lr=learning_rate,
-            momentum=self.spec.momentum,
-            nesterov=self.spec.nesterov and self.spec.momentum > 0,
-            weight_decay=self.spec.weight_decay,
+            momentum=spec.momentum,
+            nesterov=spec.nesterov and spec.momentum > 0,
         )
+
+    def _product_decay(self) -> ProductDecay | None:
+        spec = self.spec.optimizer
+        if not self.pairs or spec.weight_decay == 0 or spec.weight_decay_on == "factors":
+            return None
+        named: dict[str, Tensor] = dict(self.module.named_parameters())
+        return ProductDecay([(named[left], named[right]) for left, right in self.pairs], spec.weight_decay)
 
     def epoch(
         self,
@@ -176,9 +207,9 @@ class Trainer:
     ) -> float:
         """Train one epoch, or what `place` leaves of it; return its mean loss, without the penalty.
 
-        Order and dropout depend on the seed and on `stream` (stage, step, epoch) alone, so a resumed run repeats the
-        epoch bit for bit on the same CPU and thread count. `place` follows every update, after which `after_update` is
-        called, and stands at the next epoch when this one is over.
+        Order, dropout and augmentation depend on the seed and on `stream` (stage, step, epoch) alone, so a resumed run
+        repeats the epoch bit for bit on the same CPU and thread count. `place` follows every update, after which
+        `after_update` is called, and stands at the next epoch when this one is over.
 
         Raises
         ------
@@ -191,6 +222,7 @@ class Trainer:
         if place.updates > 0:
             restore_random_states(place.random, self.device)
         order = epoch_order(self.dataset.size("train"), self.seed, *stream)
+        self._moves = self._augmenter.moves((self.seed, *stream)) if self._augmenter is not None else None
         self.module.train()
         place.loss_sum = place.loss_sum.to(self.device)
         last = self.updates_per_epoch if updates_max is None else min(updates_max, self.updates_per_epoch)
@@ -221,16 +253,24 @@ class Trainer:
         while True:
             optimizer.zero_grad(set_to_none=True)
             try:
-                loss = self._accumulate(self.dataset.rows("train", positions, self.device), positions)
+                loss = self._accumulate(self._batch(positions), positions)
                 break
             except (RuntimeError, MemoryError) as error:
                 if not out_of_memory(error):
                     raise
                 self._halve(error)
-        if penalty is not None:
-            penalty.add_gradient()
-        optimizer.step()
+        self.precision.unscale(optimizer)
+        for added in (penalty, self._decay):
+            if added is not None:
+                added.add_gradient()
+        self.precision.step(optimizer)
         return loss
+
+    def _batch(self, positions: np.ndarray) -> Batch:
+        batch = self.dataset.rows("train", positions, self.device)
+        if self._augmenter is not None and self._moves is not None:
+            return self._augmenter.apply(batch, positions, self._moves)
+        return batch
 
     def _accumulate(self, batch: Batch, positions: np.ndarray) -> Tensor:
         size = self.micro_batch_size
@@ -244,13 +284,25 @@ class Trainer:
 
     def _backward(self, piece: Batch, positions: np.ndarray, share: float) -> Tensor:
         """Add the gradient of a piece's share of the loss; returns that share."""
-        wanted = self.teacher.outputs("train", positions, piece) if self.teacher is not None else None
-        loss = self.objective.loss(call(self.module, piece.inputs), piece.targets, wanted)
+        inputs = self.precision.laid_out(piece.inputs)
+        wanted = self._wanted(piece, positions, inputs)
+        with self.precision.autocast():
+            outputs = self.precision.widened(call(self.module, inputs))
+        loss = self.objective.loss(outputs, piece.targets, wanted)
         if share < 1:
             loss = loss * share
         if loss.requires_grad:
-            torch.autograd.backward([loss])
+            self.precision.backward(loss)
         return loss.detach()
+
+    def _wanted(self, piece: Batch, positions: np.ndarray, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        """What the reference answers: to augmented inputs now, else from what it keeps."""
+        if self.teacher is None:
+            return None
+        if self._moves is not None:
+            with self.precision.autocast():
+                return self.precision.widened(self.teacher.answers(inputs))
+        return self.teacher.outputs("train", positions, piece)
 
     def _halve(self, error: BaseException) -> None:
         if self.micro_batch_size <= max(self._largest_batch // 2**HALVINGS_MAX, 1):

@@ -87,8 +87,7 @@ class Context:
             self.dataset,
             self.objective,
             self.teacher,
-            self.spec.training.optimizer,
-            self.spec.training.batch_size,
+            self.spec.training,
             self.spec.seed,
             self.device,
         )

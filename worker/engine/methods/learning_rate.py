@@ -1,12 +1,20 @@
 """The learning rate by a short range test on a copy, and its limits in the L step."""
 
 from collections.abc import Callable
-from math import inf, isfinite
+from math import cos, inf, isfinite, pi
 
 import numpy as np
 import torch
 
 from service.contract.errors import ErrorCode, ProblemError
+from service.contract.numbers import Auto
+from service.contract.training_spec import (
+    ConstantSchedule,
+    CosineSchedule,
+    ExponentialSchedule,
+    Schedule,
+    StepSchedule,
+)
 from worker.engine.forward import call
 from worker.engine.training import Trainer
 
@@ -62,9 +70,53 @@ def range_test(make_trainer: Callable[[], Trainer]) -> float:
     return best_rate
 
 
-def step_rate(initial: float, step: int, steps: int, mu: float) -> float:
-    """Rate of one L step: falls over the run, and is never above 1/μ (the LC papers' clipping)."""
-    return float(min(initial * DECAY_OVER_RUN ** (step / max(steps, 1)), 1.0 / mu))
+def step_rate(
+    initial: float,
+    step: int,
+    steps: int,
+    mu: float,
+    schedule: Auto | Schedule = "auto",
+    epoch: int = 0,
+    epochs: int = 1,
+) -> float:
+    """Rate of one epoch of an L step, never above 1/μ (the LC papers' clipping).
+
+    Parameters
+    ----------
+    initial : float
+        The rate that the schedule starts from.
+    step, steps : int
+        The L step, from 0, and how many there are.
+    mu : float
+        μ of the step.
+    schedule : Schedule or "auto"
+        ``auto`` falls from step to step, by 0.95 over 25 of them (methods L.7), and is constant within a step.
+    epoch, epochs : int
+        The epoch within the step, from 0, and how many a step has.
+    """
+    if schedule == "auto":
+        factor = DECAY_OVER_RUN ** (step / max(steps, 1))
+    elif not isinstance(schedule, ConstantSchedule) and schedule.restart:
+        factor = _factor(schedule, epoch, epochs, step)
+    else:
+        factor = _factor(schedule, step * epochs + epoch, steps * epochs, step)
+    return float(min(initial * factor, 1.0 / mu))
+
+
+def tuning_rate(initial: float, schedule: Auto | Schedule, epoch: int, epochs: int) -> float:
+    """Rate of one epoch, from 0, of the factored network's training; ``auto`` is a cosine to 0."""
+    return initial * _factor(CosineSchedule() if schedule == "auto" else schedule, epoch, epochs, 0)
+
+
+def _factor(schedule: Schedule, epoch: int, epochs: int, step: int) -> float:
+    """What is left of the initial rate after so many of all epochs."""
+    if isinstance(schedule, CosineSchedule):
+        return schedule.to + (1 - schedule.to) * 0.5 * (1 + cos(pi * epoch / max(epochs, 1)))
+    if isinstance(schedule, ExponentialSchedule):
+        return float(schedule.factor ** (step if schedule.per == "step" else epoch))
+    if isinstance(schedule, StepSchedule):
+        return float(schedule.factor ** sum(epoch >= place * epochs for place in schedule.at))
+    return 1.0
 
 
 def loss_limit(trainer: Trainer) -> float:
