@@ -9,7 +9,7 @@ TEST_WORKERS ?= 2
 ONE_THREAD := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-crash bench check format docs clean
+.PHONY: help install demo test test-crash test-networks bench check format docs clean
 
 help:  ## say what there is to make
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -31,6 +31,9 @@ test: $(INSTALLED)  ## run the tests
 
 test-crash: $(INSTALLED)  ## the long proofs that no job is lost: kills, stops and cuts (at most 45 minutes)
 	$(ONE_THREAD) $(BIN)/python -m pytest -m full --timeout 1800
+
+test-networks: $(INSTALLED)  ## compress every network of the corpus and use what comes of it (minutes)
+	$(ONE_THREAD) $(BIN)/python -m pytest tests/engine/networks -m 'networks or not full' -n $(TEST_WORKERS) --dist worksteal
 
 bench: $(INSTALLED)  ## measure speed against its limits (minutes; wants an idle machine)
 	status=0; for name in lstep upload overhead api queue checkpoint idle; do $(BIN)/python -m benchmarks.$$name || status=1; done; exit $$status
