@@ -7,7 +7,7 @@ from pydantic import Field, PositiveInt, model_validator
 from pydantic_core import PydanticCustomError
 
 from service.contract.strict import StrictModel
-from service.contract.term_specs import AnyTerm, TermSpec
+from service.contract.term_specs import AnyTerm, Saving, TermSpec
 from service.contract.terms import LowRankTermSpec, Rank, check_ranks
 
 PARAMETER_PREFIX = "parameter:"
@@ -61,6 +61,12 @@ class LayerRule(StrictModel):
         return isinstance(self.terms, list) and all(
             term.fixes_its_size or (self.rank is not None and isinstance(term, LowRankTermSpec)) for term in self.terms
         )
+
+    @property
+    def saves(self) -> Saving:
+        """What its terms make less of: numbers, or bytes where any of them keeps the numbers."""
+        kinds = {term.saves for term in self.terms} if isinstance(self.terms, list) else set()
+        return "bytes" if "bytes" in kinds else "params"
 
     @property
     def _low_rank_alone(self) -> bool:

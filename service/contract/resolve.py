@@ -15,5 +15,5 @@ def resolve_at_submit(spec: JobSpec) -> dict[str, Any]:
     l_step_epochs = spec.method.mu.steps * spec.training.epochs_per_step
     resolved["fine_tune"]["epochs"] = spec.fine_tune.resolved_epochs(l_step_epochs)
     if spec.cost == "auto":
-        resolved["cost"] = spec.budget.metric if spec.budget else "params"
+        resolved["cost"] = spec.cost_metric
     return resolved

@@ -144,13 +144,19 @@ class JobSpec(StrictModel):
         """Whether every rule fixes the ranks of its layers."""
         return all(rule.fixes_its_size for rule in self.layers)
 
+    @property
+    def cost_metric(self) -> Metric | CostWeights:
+        """The C of the papers: by default the budget's metric, without a budget what the terms make less of."""
+        if self.cost != "auto":
+            return self.cost
+        if self.budget is not None:
+            return self.budget.metric
+        return "bytes" if any(rule.saves == "bytes" for rule in self.layers) else "params"
+
     def cost_weights(self) -> CostWeights:
-        """The C of the papers: by default the budget's metric, without a budget the parameters."""
-        cost = self.cost
-        if isinstance(cost, CostWeights):
-            return cost
-        metric = cost if cost != "auto" else (self.budget.metric if self.budget else "params")
-        return CostWeights.model_validate({metric: 1.0})
+        """The same as weights of counts."""
+        cost = self.cost_metric
+        return cost if isinstance(cost, CostWeights) else CostWeights.model_validate({cost: 1.0})
 
     def on_the_wire(self) -> dict[str, Any]:
         """The spec as JSON, with the field names a user writes."""

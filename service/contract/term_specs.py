@@ -6,13 +6,14 @@ worker loads when it meets the term. So the API knows, checks and describes a te
 
 from functools import cache
 from importlib.metadata import entry_points
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from pydantic import GetCoreSchemaHandler
 from pydantic_core import CoreSchema, core_schema
 
 from service.contract.strict import StrictModel
 
+Saving = Literal["params", "bytes"]
 GROUP = "rankpress.terms"
 DEFAULT = "low_rank"  # of a term that does not say its type
 
@@ -27,6 +28,11 @@ class TermSpec(StrictModel):
     def fixes_its_size(self) -> bool:
         """Whether the term's size is given, so that no budget is needed to choose it."""
         return True
+
+    @property
+    def saves(self) -> Saving:
+        """What the term makes less of, numbers or only bytes: what size is counted in where the spec does not say."""
+        return "params"
 
     @property
     def distinct_key(self) -> object:

@@ -1,13 +1,13 @@
 """The terms that come with the product, as a spec writes them (methods L.1, L.3, L.4)."""
 
 from math import prod
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
 from pydantic import Field, PositiveInt, model_validator
 from pydantic_core import PydanticCustomError
 
 from service.contract.strict import StrictModel
-from service.contract.term_specs import TermSpec
+from service.contract.term_specs import Saving, TermSpec
 
 NamedReshape = Literal["channel", "spatial", "spatial_transposed", "matrix", "chunked", "kronecker", "best"]
 NAMED_RESHAPES: tuple[NamedReshape, ...] = (
@@ -77,6 +77,11 @@ class QuantizeTermSpec(TermSpec):
         return self
 
     @property
+    def saves(self) -> Saving:
+        """The numbers stay, each in few bits."""
+        return "bytes"
+
+    @property
     def codebook_size(self) -> int:
         """Number of distinct values."""
         named = {"binary": 2, "scaled_binary": 2, "ternary": 3}
@@ -90,7 +95,7 @@ class QuantizeTermSpec(TermSpec):
     @classmethod
     def abilities(cls) -> dict[str, Any]:
         """The schemes."""
-        return {**super().abilities(), "schemes": list(Scheme.__args__)}
+        return {**super().abilities(), "schemes": list(get_args(Scheme))}
 
 
 class LowRankTermSpec(TermSpec):
@@ -124,6 +129,11 @@ class LowRankTermSpec(TermSpec):
     def fixes_its_size(self) -> bool:
         """Whether the rank is given."""
         return self.rank is not None
+
+    @property
+    def saves(self) -> Saving:
+        """Fewer numbers, and with `then` or `store_dtype` in fewer bits."""
+        return "params" if self.then is None and self.store_dtype is None else "bytes"
 
     @property
     def distinct_key(self) -> object:

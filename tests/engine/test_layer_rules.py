@@ -135,7 +135,7 @@ def test_cost_weights_and_factors_make_the_price() -> None:
         factor = 5.0 if problem.layer.name == "fc" else 1.0
         for choice in problem.choices:
             expected = factor * (2 * choice.term.macs_per_rank + 3 * choice.term.params_per_rank) / 1e6
-            assert choice.price == pytest.approx(expected)
+            assert choice.unit_price == pytest.approx(expected)
         assert problem.metric == "params"
 
 

@@ -1,6 +1,7 @@
 """From ranks and factors to the factored network, by a recipe that a fresh process can follow again."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -8,14 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from worker.engine.csteps.additive import Projection
-from worker.engine.forms.factors import Factors
+from worker.engine.forms.bias import bias_alone
 from worker.engine.forms.geometry import Geometry
-from worker.engine.forms.low_rank import LowRankTerm
-from worker.engine.forms.modules import SumOfBranches
-from worker.engine.forms.reshape import Reshape
-from worker.engine.layer_rules import LayerProblem
+from worker.engine.forms.modules import SumOfBranches, SumOfWeights
+from worker.engine.forms.registry import term_class
+from worker.engine.forms.term import Term
+from worker.engine.layer_problem import LayerProblem
 from worker.engine.network.load import load_model, reload
-from worker.engine.network.replace import replace_layers
+from worker.engine.network.replace import Replacement, replace_layers
 
 Recipe = list[dict[str, Any]]
 
@@ -26,29 +27,25 @@ def make_recipe(problems: Sequence[LayerProblem], projections: Sequence[Projecti
     for problem, made in zip(problems, projections, strict=True):
         if made.dense:
             continue
-        geometry = problem.choices[0].term.geometry
-        terms = [
-            {
-                "place": place,
-                "rank": rank,
-                "view": list(choice.term.reshape.view),
-                "permute": list(choice.term.reshape.permute),
-                "matrix": list(choice.term.reshape.matrix),
-            }
-            for place, (choice, rank) in enumerate(zip(problem.choices, made.ranks, strict=True))
-            if rank > 0
-        ]
+        geometry = asdict(problem.geometry)
+        del geometry["calls"]
         recipe.append(
             {
                 "name": problem.layer.name,
-                "kind": geometry.kind,
-                "weight_shape": list(geometry.weight_shape),
-                "stride": list(geometry.stride),
-                "padding": list(geometry.padding),
-                "dilation": list(geometry.dilation),
                 "bias": problem.layer.bias,
                 "weight": problem.layer.weight,
-                "terms": terms,
+                "geometry": geometry,
+                "terms": [
+                    {
+                        "place": place,
+                        "type": choice.term.type_name,
+                        "term": choice.term.facts(),
+                        "theta": theta.facts(),
+                        "codes": _codes(choice.term, theta),
+                    }
+                    for place, (choice, theta) in enumerate(zip(problem.choices, made.factors, strict=True))
+                    if theta.units > 0
+                ],
             }
         )
     return recipe
@@ -58,7 +55,7 @@ def assemble(
     source: Path,
     recipe: Recipe,
     device: torch.device,
-    factors: Mapping[str, Sequence[Factors]] | None = None,
+    thetas: Mapping[str, Sequence[Any]] | None = None,
     trained: Mapping[str, Tensor] | None = None,
 ) -> torch.jit.ScriptModule:
     """Load the reference afresh and replace its layers as the recipe says.
@@ -71,8 +68,8 @@ def assemble(
         From `make_recipe`.
     device : torch.device
         Where the network shall stand.
-    factors : mapping, optional
-        Layer name to the factors of each of its terms; zeros where they are loaded later.
+    thetas : mapping, optional
+        Layer name to the Θ of each of its terms; untrained ones of the same shapes where they are loaded later.
     trained : mapping, optional
         Trained parameters by name, from which the biases are taken; the reference's own where it is not given.
 
@@ -84,11 +81,11 @@ def assemble(
     module = load_model(source, "cpu")
     parameters: dict[str, Tensor] = dict(module.named_parameters())
     biases = parameters if trained is None else trained
-    replacements: dict[str, nn.Module] = {}
+    replacements: dict[str, nn.Module | Replacement] = {}
     for layer in recipe:
         weight = parameters[layer["weight"]]
         bias = biases[layer["bias"]].detach() if layer["bias"] else None
-        given = factors[layer["name"]] if factors is not None else None
+        given = thetas[layer["name"]] if thetas is not None else None
         replacements[layer["name"]] = _emit(layer, given, bias, weight.dtype)
     replace_layers(module, replacements)
     network = reload(module, device)
@@ -140,27 +137,48 @@ def _own(module: torch.jit.ScriptModule) -> dict[str, Tensor]:
     return {name: tensor.detach() for name, tensor in own.items()}
 
 
-def _emit(layer: dict[str, Any], given: Sequence[Factors] | None, bias: Tensor | None, dtype: torch.dtype) -> nn.Module:
-    geometry = Geometry(
-        layer["kind"],
-        tuple(layer["weight_shape"]),
-        (),
-        _pair(layer["stride"]),
-        _pair(layer["padding"]),
-        _pair(layer["dilation"]),
-    )
-    branches = []
-    for number, spec in enumerate(layer["terms"]):
-        p, q = spec["matrix"]
-        term = LowRankTerm(Reshape(tuple(spec["view"]), tuple(spec["permute"]), (p, q)), geometry)
-        if given is None:
-            made = Factors(torch.zeros(p, spec["rank"], dtype=dtype), torch.zeros(spec["rank"], q, dtype=dtype))
+def _emit(layer: dict[str, Any], given: Sequence[Any] | None, bias: Tensor | None, dtype: torch.dtype) -> Replacement:
+    """Make what stands in the layer's place: the branch of its factored terms, the weight of its composed ones."""
+    geometry = geometry_from(layer["geometry"])
+    composed: list[nn.Module] = []
+    factored: list[tuple[Term, Any]] = []
+    for spec in layer["terms"]:
+        term = term_class(spec["type"]).from_facts(spec["term"], geometry)
+        held = given[spec["place"]] if given is not None else term.restore({}, spec["theta"])
+        theta = term.restore(_of_dtype(held.tensors(), dtype), spec["theta"])
+        if term.composed:
+            composed.append(term.emit_weight(theta))
         else:
-            held = given[spec["place"]]
-            made = Factors(held.left.cpu().to(dtype), held.right.cpu().to(dtype))
-        branches.append(term.emit(made, bias if number == 0 else None))
-    return branches[0] if len(branches) == 1 else SumOfBranches(branches)
+            factored.append((term, theta))
+    weight = (composed[0] if len(composed) == 1 else SumOfWeights(composed)) if composed else None
+    if not factored:
+        return Replacement(None if composed else bias_alone(geometry, bias, dtype), weight)
+    branches = [
+        term.emit(theta, bias if number == 0 and weight is None else None)
+        for number, (term, theta) in enumerate(factored)
+    ]
+    return Replacement(branches[0] if len(branches) == 1 else SumOfBranches(branches), weight)
 
 
-def _pair(values: Sequence[int]) -> tuple[int, int]:
-    return (values[0], values[1])
+def code_count(recipe: Recipe) -> int:
+    """Numbers that the artifact holds as packed codes, in buffers and not in parameters."""
+    return sum(int(term["codes"]) for layer in recipe for term in layer["terms"])
+
+
+def geometry_from(held: Mapping[str, Any]) -> Geometry:
+    """Make a geometry from JSON; its calls are not needed for what is emitted."""
+    values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in held.items()}
+    return Geometry(**(values | {"calls": ()}))
+
+
+def _codes(term: Term, theta: Any) -> int:
+    floating: int = sum(tensor.numel() for tensor in theta.tensors().values() if tensor.is_floating_point())
+    return max(int(term.counts(theta).params) - floating, 0)
+
+
+def _of_dtype(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """The numbers in the layer's dtype, on the CPU; codes and indices as they are."""
+    return {
+        name: tensor.detach().cpu().to(dtype) if tensor.is_floating_point() else tensor.detach().cpu()
+        for name, tensor in tensors.items()
+    }

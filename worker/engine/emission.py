@@ -51,6 +51,12 @@ def emit(model: Path, work_dir: Path) -> dict[str, Any]:
             f"the compressed file has {len(content)} bytes, the model's {reference_bytes}: nothing is gained at this "
             "size. Ask for a smaller budget, or compress a larger model",
         )
+    if plan["metric"] == "bytes" and plan["limit"] is not None and len(content) > plan["limit"]:
+        raise ProblemError(
+            ErrorCode.CONSTRAINT_UNREACHABLE,
+            f"the compressed file has {len(content)} bytes, the budget allows {plan['limit']}: its code and the places "
+            "of its tensors take more than was set aside. Raise the budget a little, or let fewer layers be compressed",
+        )
     path = work_dir / ARTIFACT
     path.write_bytes(content)
     return {"path": str(path), "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}

@@ -1,93 +1,21 @@
 """What the spec's rules make of each layer: the terms it may become, or the reason that it stays dense."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 
-from service.contract.layer_rule import LayerRule
+from service.contract.layer_rule import PARAMETER_PREFIX, LayerRule
 from service.contract.plan import Form, LayerFacts, ReasonCode
 from service.contract.report import ReportWarning
 from service.contract.spec import CostWeights, JobSpec, Metric
+from service.contract.term_specs import TermSpec
 from service.contract.terms import LowRankTermSpec
 from worker.engine.csteps.additive import TermChoice
-from worker.engine.forms.geometry import Call, Geometry
-from worker.engine.forms.low_rank import LowRankTerm
-from worker.engine.forms.reshape import reshape_of
+from worker.engine.forms.geometry import CONVOLUTIONS, TRANSPOSED, Call, Geometry
+from worker.engine.forms.registry import term_class
+from worker.engine.forms.term import Counts, NotApplicableError, Price, Term
+from worker.engine.layer_problem import DroppedTerm, LayerProblem, dense_size, sum_size
 from worker.engine.network.layers import Layer
-
-UNITS: dict[Metric, str] = {"macs": "multiply-adds", "params": "parameters"}  # of a size, in words
-
-
-@dataclass(frozen=True)
-class DroppedTerm:
-    """A term of the rule that is not part of the layer's sum."""
-
-    index: int
-    form: Form
-    reason: ReasonCode
-
-
-@dataclass(frozen=True)
-class LayerProblem:
-    """A layer that can be compressed.
-
-    Parameters
-    ----------
-    layer : Layer
-        As it was found.
-    choices : tuple of TermChoice
-        Terms of its sum, priced in C (per million units, the rule's factor applied).
-    term_indices : tuple of int
-        Position of each choice among the rule's terms.
-    rank_total_low : int
-        Least sum of the ranks.
-    dense_price : float
-        C of the dense layer.
-    metric : "macs" or "params"
-        What size is counted in: the budget's metric, else that of the cost.
-    dropped : tuple of DroppedTerm
-        Terms that do not take part.
-    """
-
-    layer: Layer
-    choices: tuple[TermChoice, ...]
-    term_indices: tuple[int, ...]
-    rank_total_low: int
-    dense_price: float
-    metric: Metric
-    dropped: tuple[DroppedTerm, ...] = ()
-
-    @property
-    def dense_size(self) -> int:
-        """Size of the dense layer without its bias."""
-        geometry = self.choices[0].term.geometry
-        return geometry.dense_macs if self.metric == "macs" else geometry.weight_params
-
-    def size(self, ranks: Sequence[int]) -> int:
-        """Size of the sum at given ranks, without the bias."""
-        return sum(term_size(choice.term, rank, self.metric) for choice, rank in zip(self.choices, ranks, strict=True))
-
-    @property
-    def fixed(self) -> bool:
-        """Whether every rank is given."""
-        return all(choice.rank_low == choice.rank_high for choice in self.choices)
-
-    @property
-    def least_ranks(self) -> list[int]:
-        """Ranks of least size that the rule allows."""
-        ranks = [choice.rank_low for choice in self.choices]
-        missing = self.rank_total_low - sum(ranks)
-        per_rank = [(term_size(c.term, 1, self.metric), place) for place, c in enumerate(self.choices)]
-        for _, place in sorted(per_rank):
-            room = max(min(missing, self.choices[place].rank_high - ranks[place]), 0)
-            ranks[place] += room
-            missing -= room
-        return ranks
-
-    @property
-    def least_size(self) -> int:
-        """Size at the lowest ranks that the rule allows, or of the dense layer if that is less."""
-        return min(self.size(self.least_ranks), self.dense_size)
 
 
 @dataclass
@@ -101,14 +29,28 @@ class Decisions:
     warnings: list[ReportWarning] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class Pricing:
+    """How a layer is priced and counted: the weights of C, the rule's factor, and the metric of size."""
+
+    weights: CostWeights
+    factor: float
+    metric: Metric
+
+    @property
+    def price(self) -> Price:
+        """C in millions of its units."""
+        scale = self.factor / 1e6
+        return Price(scale * self.weights.macs, scale * self.weights.params, scale * self.weights.bytes)
+
+
 def apply_rules(layers: Sequence[Layer], spec: JobSpec) -> Decisions:
     """Match every layer with the first rule that holds, and build its terms."""
     decisions = Decisions([], [], {}, {})
     used: set[int] = set()
-    metric = size_metric(spec)
     for position, layer in enumerate(layers):
         decisions.facts.append(_facts(position, layer))
-        index = next((i for i, rule in enumerate(spec.layers) if _matches(rule, layer)), None)
+        index = rule_for(layer, spec.layers)
         if index is not None:
             used.add(index)
         if layer.reason is not None or layer.macs is None:
@@ -116,127 +58,192 @@ def apply_rules(layers: Sequence[Layer], spec: JobSpec) -> Decisions:
         elif index is None:
             decisions.dense[layer.name] = ReasonCode.NO_RULE
         else:
-            _apply(layer, spec.layers[index], spec.cost_weights(), metric, decisions)
+            _apply(layer, index, spec, decisions)
     for index, rule in enumerate(spec.layers):
         if index not in used:
             decisions.warnings.append(_unmatched(index, rule, layers))
     return decisions
 
 
+def rule_for(layer: Layer, rules: Sequence[LayerRule]) -> int | None:
+    """Position of the first rule that matches a layer."""
+    return next((index for index, rule in enumerate(rules) if _matches(rule, layer)), None)
+
+
+def name_parameters(layers: Sequence[Layer], parameters: Sequence[Layer], spec: JobSpec) -> list[Layer]:
+    """Layers as the rules see them: a parameter that a rule names is a layer of its own, whatever operator uses it.
+
+    Parameters
+    ----------
+    layers : sequence of Layer
+        As they were found.
+    parameters : sequence of Layer
+        Every parameter as a layer of kind "parameter".
+    spec : JobSpec
+        Whose rules may begin with "parameter:".
+    """
+    patterns = [rule.match.removeprefix(PARAMETER_PREFIX) for rule in spec.layers if _names_parameters(rule)]
+    named = [each for each in parameters if any(fnmatchcase(each.name, pattern) for pattern in patterns)]
+    weights = {each.weight: each for each in named}
+    made: list[Layer] = []
+    for layer in layers:
+        own = weights.pop(layer.weight, None)
+        made.append(layer if own is None else replace(own, params=layer.params))  # the operator's bias stays with it
+    return made + list(weights.values())
+
+
 def size_metric(spec: JobSpec) -> Metric:
-    """What size is counted in: the budget's metric, else the heavier weight of the cost."""
+    """What size is counted in: the budget's metric, else the heaviest weight of the cost."""
     if spec.budget is not None:
         return spec.budget.metric
     weights = spec.cost_weights()
-    return "macs" if weights.macs > weights.params else "params"
-
-
-def term_size(term: LowRankTerm, rank: int, metric: Metric) -> int:
-    """Size of one term at a rank."""
-    return term.macs(rank) if metric == "macs" else term.params(rank)
+    metrics: tuple[Metric, ...] = ("params", "macs", "bytes")
+    return max(metrics, key=lambda metric: float(getattr(weights, metric)))
 
 
 def geometry_of(layer: Layer) -> Geometry:
     """Geometry of a compressible layer."""
     calls = tuple(Call(tuple(given), tuple(made)) for given, made in layer.call_shapes)
-    if layer.kind == "linear":
-        return Geometry("linear", tuple(layer.weight_shape), calls)
-    stride, padding, dilation = ((pair[0], pair[1]) for pair in (layer.stride, layer.padding, layer.dilation))
-    return Geometry("conv2d", tuple(layer.weight_shape), calls, stride, padding, dilation)
+    axes = max(len(layer.weight_shape) - 2, 0) if layer.kind in (*CONVOLUTIONS, *TRANSPOSED) else 0
+    return Geometry(
+        layer.kind,
+        tuple(layer.weight_shape),
+        calls,
+        layer.stride or (1,) * axes,
+        layer.padding or (0,) * axes,
+        layer.dilation or (1,) * axes,
+        getattr(layer, "output_padding", ()) or (0,) * axes,
+        layer.groups,
+        layer.macs if layer.kind == "parameter" else None,
+        getattr(layer, "dtype_bits", 32),
+    )
 
 
-def terms_of(rule: LayerRule, layer: Layer) -> list[LowRankTermSpec]:
-    """Terms of a rule for one layer; `auto` is `channel` + `spatial` for k×k convolutions, else `matrix`."""
+def terms_of(rule: LayerRule, layer: Layer) -> list[TermSpec]:
+    """Terms of a rule for one layer; `auto` is `channel` + `spatial` for k×k convolutions, else one matrix."""
     if rule.terms != "auto":
         return list(rule.terms)
-    if layer.kind == "conv2d" and tuple(layer.weight_shape[2:]) != (1, 1):
+    kernel = layer.weight_shape[2:] if layer.kind in (*CONVOLUTIONS, *TRANSPOSED) else ()
+    wide = [size for size in kernel if size > 1]
+    if len(wide) > 1:
         return [LowRankTermSpec(reshape="channel"), LowRankTermSpec(reshape="spatial")]
-    return [LowRankTermSpec(reshape="matrix")]
+    return [LowRankTermSpec(reshape="channel" if wide else "matrix")]
 
 
-def _apply(layer: Layer, rule: LayerRule, weights: CostWeights, metric: Metric, decisions: Decisions) -> None:
+def _apply(layer: Layer, rule_index: int, spec: JobSpec, decisions: Decisions) -> None:
+    rule = spec.layers[rule_index]
     if rule.keep == "dense":
         decisions.dense[layer.name] = ReasonCode.KEPT_BY_RULE
         return
     geometry = geometry_of(layer)
+    pricing = Pricing(spec.cost_weights(), rule.cost_factor, size_metric(spec))
     chosen: list[tuple[int, TermChoice]] = []
     dropped: list[DroppedTerm] = []
     for index, term_spec in enumerate(terms_of(rule, layer)):
-        made = _choice(term_spec, rule, geometry, weights, metric, [choice for _, choice in chosen])
+        group = f"{rule_index}.{index}" if getattr(term_spec, "joint", False) else None
+        made = _choice(term_spec, rule, geometry, pricing, [choice for _, choice in chosen], group)
         if isinstance(made, TermChoice):
             chosen.append((index, made))
         else:
-            dropped.append(DroppedTerm(index, made[0], made[1]))
+            dropped.append(DroppedTerm(index, term_spec.type, made[0], made[1]))
     decisions.dropped[layer.name] = tuple(dropped)
     if chosen and all(choice.rank_high == 0 for _, choice in chosen):
         decisions.dense[layer.name] = ReasonCode.KEPT_BY_RULE  # max_rank 0 throughout: no term may take part
         return
     if not chosen:
-        reasons = {drop.reason for drop in dropped}
-        above = ReasonCode.RANK_ABOVE_BREAK_EVEN
-        only_not_cheaper = reasons <= {ReasonCode.NOT_CHEAPER, above}
-        decisions.dense[layer.name] = (
-            (above if above in reasons else ReasonCode.NOT_CHEAPER)
-            if only_not_cheaper
-            else ReasonCode.NO_TERM_APPLICABLE
-        )
+        decisions.dense[layer.name] = _why_dense({drop.reason for drop in dropped})
         return
-    fixed = all(choice.rank_low == choice.rank_high for _, choice in chosen)
-    least = sum(choice.rank_low for _, choice in chosen) if fixed else (1 if rule.min_rank is None else rule.min_rank)
-    problem = LayerProblem(
-        layer,
-        tuple(choice for _, choice in chosen),
-        tuple(index for index, _ in chosen),
-        least,
-        _price(geometry.dense_macs, geometry.weight_params, weights, rule),
-        metric,
-        tuple(dropped),
-    )
-    if fixed and problem.size([choice.rank_low for choice in problem.choices]) >= problem.dense_size:
+    problem = _problem(layer, geometry, rule, pricing, chosen, dropped)
+    if problem.fixed and problem.least_size >= problem.dense_size:
         decisions.dense[layer.name] = ReasonCode.RANK_ABOVE_BREAK_EVEN
         return
     decisions.problems.append(problem)
 
 
+def _problem(
+    layer: Layer,
+    geometry: Geometry,
+    rule: LayerRule,
+    pricing: Pricing,
+    chosen: Sequence[tuple[int, TermChoice]],
+    dropped: Sequence[DroppedTerm],
+) -> LayerProblem:
+    fixed = all(choice.fixed for _, choice in chosen)
+    least = sum(choice.rank_low for _, choice in chosen) if fixed else (1 if rule.min_rank is None else rule.min_rank)
+    weight = geometry.weight_params
+    return LayerProblem(
+        layer,
+        geometry,
+        tuple(choice for _, choice in chosen),
+        tuple(index for index, _ in chosen),
+        least,
+        pricing.price(Counts(weight, geometry.dense_macs, weight * geometry.dtype_bits)),
+        pricing.metric,
+        tuple(dropped),
+    )
+
+
+def _why_dense(reasons: set[ReasonCode]) -> ReasonCode:
+    above = ReasonCode.RANK_ABOVE_BREAK_EVEN
+    if reasons <= {ReasonCode.NOT_CHEAPER, above}:
+        return above if above in reasons else ReasonCode.NOT_CHEAPER
+    return ReasonCode.NO_TERM_APPLICABLE
+
+
 def _choice(
-    spec: LowRankTermSpec,
+    spec: TermSpec,
     rule: LayerRule,
     geometry: Geometry,
-    weights: CostWeights,
-    metric: Metric,
+    pricing: Pricing,
     before: Sequence[TermChoice],
+    group: str | None,
 ) -> TermChoice | tuple[Form, ReasonCode]:
-    """Make the term with its price and rank bounds, or say why it takes no part."""
-    reshape = reshape_of(spec, geometry.weight_shape)
-    if reshape is None:
-        return _named_form(spec), ReasonCode.TERM_NOT_APPLICABLE
-    term = LowRankTerm(reshape, geometry)
+    """Make the term with its price and the bounds of its units, or say why it takes no part."""
+    try:
+        term = term_class(spec.type).from_spec(spec, geometry)
+    except NotApplicableError as refusal:
+        return refusal.form, refusal.reason
     if any(other.term.key == term.key for other in before):
         return term.form, ReasonCode.TERMS_NOT_DISTINCT
-    price = _price(term.macs_per_rank, term.params_per_rank, weights, rule)
-    dense = geometry.dense_macs if metric == "macs" else geometry.weight_params
-    offset = geometry.dense_macs if metric == "macs" and term.composed else 0
-    per_rank = term.macs_per_rank if metric == "macs" else term.params_per_rank
-    highest = min((dense - offset - 1) // per_rank, term.rank_max)  # the last rank below break-even
-    rank = spec.rank if spec.rank is not None else rule.rank
-    if rank is not None:
-        if rank > highest:
-            return term.form, ReasonCode.RANK_ABOVE_BREAK_EVEN
-        return TermChoice(term, price, rank, rank)
-    asked = spec.max_rank if spec.max_rank is not None else rule.max_rank
-    high = highest if asked is None else min(highest, asked)
+    asked = term.units_asked(spec)
+    if isinstance(spec, LowRankTermSpec) and rule.rank is not None and spec.rank is None:
+        asked = (rule.rank, rule.rank)
+    if isinstance(spec, LowRankTermSpec) and rule.max_rank is not None and asked is None:
+        asked = (0, rule.max_rank)
+    highest = highest_units(term, pricing.metric)
+    low, high = asked if asked is not None else (0, term.units_max)
+    if low == high > 0:
+        if low > highest:
+            return term.form, ReasonCode.RANK_ABOVE_BREAK_EVEN if term.graded else ReasonCode.NOT_CHEAPER
+        return TermChoice(term, pricing.price, low, high, joint_group=group)
     if highest < 1:
         return term.form, ReasonCode.NOT_CHEAPER
-    low = min(spec.min_rank or 0, high)
-    return TermChoice(term, price, low, high, term.rank_max if asked is None else min(term.rank_max, asked))
+    bounded = min(high, highest)
+    return TermChoice(term, pricing.price, min(low, bounded), bounded, min(term.units_max, high), group)
 
 
-def _price(macs: int, params: int, weights: CostWeights, rule: LayerRule) -> float:
-    """C in millions of its units, with the rule's factor."""
-    return rule.cost_factor * (weights.macs * macs + weights.params * params) / 1e6
+def highest_units(term: Term, metric: Metric) -> int:
+    """Most units at which a term alone is smaller than the dense layer; 0 if there are none."""
+    dense = dense_size(term.geometry, metric)
+
+    def size(units: int) -> int:
+        counts = term.counts_at(units) if term.graded else term.least_counts(units)
+        return sum_size(term.geometry, metric, [term.composed], [counts])
+
+    low, high = 0, term.units_max
+    while low < high:  # sizes grow with the units
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if size(middle) < dense else (low, middle - 1)
+    return low
+
+
+def _names_parameters(rule: LayerRule) -> bool:
+    return rule.match.startswith(PARAMETER_PREFIX)
 
 
 def _matches(rule: LayerRule, layer: Layer) -> bool:
+    if _names_parameters(rule):
+        return layer.kind == "parameter" and fnmatchcase(layer.name, rule.match.removeprefix(PARAMETER_PREFIX))
     return fnmatchcase(layer.name, rule.match) and (rule.kind is None or rule.kind == layer.kind)
 
 
@@ -248,10 +255,6 @@ def _unmatched(index: int, rule: LayerRule, layers: Sequence[Layer]) -> ReportWa
         message=f"rule {index} ('{rule.match}'{kind}) decides no layer; the model's layers are {names}"
         + (", …" if len(layers) > 5 else ""),
     )
-
-
-def _named_form(spec: LowRankTermSpec) -> Form:
-    return Form(spec.reshape) if isinstance(spec.reshape, str) else Form.COMPOSED
 
 
 def _facts(position: int, layer: Layer) -> LayerFacts:

@@ -17,13 +17,14 @@ from service.contract.plan import REASON_MEANINGS
 from service.contract.resolve import resolve_at_submit
 from service.contract.spec import JobSpec
 from service.contract.states import Phase
-from worker.engine.assembly import assemble, load_state
+from worker.engine.assembly import assemble, code_count, load_state
 from worker.engine.data import Dataset
 from worker.engine.data_files import open_arrays
 from worker.engine.device import choose_device
 from worker.engine.examples import example_inputs, suggestion
 from worker.engine.forward import call, call_nested, flatten, names_of
-from worker.engine.layer_rules import UNITS, Decisions, apply_rules, size_metric
+from worker.engine.layer_problem import UNITS, emitted_overhead_bytes
+from worker.engine.layer_rules import Decisions, apply_rules, name_parameters, size_metric
 from worker.engine.methods.context import Context, Outcome
 from worker.engine.methods.registry import method_for
 from worker.engine.network.costs import Census, take_census
@@ -140,14 +141,17 @@ def _context(
     examples: Sequence[Tensor],
     saved: Saved | None,
 ) -> Context:
-    decisions = apply_rules(census.layers, spec)
+    decisions = apply_rules(name_parameters(census.layers, getattr(census, "parameters", []), spec), spec)
     observer.layers(decisions.facts)
     for warning in decisions.warnings:
         observer.event(EventKind.WARNING, warning.model_dump(mode="json", exclude_none=True))
     _require_problems(decisions)
     metric = size_metric(spec)
-    total = census.total_macs if metric == "macs" else census.total_params
-    network = Network(tuple(decisions.problems), total - sum(problem.dense_size for problem in decisions.problems))
+    total = {"macs": census.total_macs, "params": census.total_params, "bytes": sources.model.stat().st_size}[metric]
+    rest = total - sum(problem.dense_size for problem in decisions.problems)
+    if metric == "bytes":
+        rest += emitted_overhead_bytes(decisions.problems)
+    network = Network(tuple(decisions.problems), rest)
     limit = None if spec.budget is None else spec.budget.limit(total)
     if limit is not None and network.least_size > limit:
         raise ProblemError(
@@ -234,6 +238,7 @@ def _leave(sources: Sources, context: Context, outcome: Outcome, examples: Seque
     plan = {
         "recipe": outcome.recipe,
         "notes": outcome.notes,
+        "codes": code_count(outcome.recipe),
         "resolved": context.resolved,
         "limit": context.limit,
         "metric": size_metric(context.spec),

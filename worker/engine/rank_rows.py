@@ -2,10 +2,13 @@
 
 from collections.abc import Sequence
 from math import sqrt
+from typing import Any
 
 from service.contract.plan import Form, RankRow, ReasonCode
-from worker.engine.csteps.additive import Projection
-from worker.engine.layer_rules import Decisions, LayerProblem
+from worker.engine.csteps.additive import Projection, TermChoice
+from worker.engine.forms.term import Counts
+from worker.engine.layer_problem import LayerProblem
+from worker.engine.layer_rules import Decisions
 
 
 def step_rows(
@@ -39,65 +42,37 @@ def final_rows(step: int, decisions: Decisions, norms: Sequence[float], made: Se
             problem = decisions.problems[index]
             rows.extend(layer_rows(step, problem, norms[index], made[index], chosen=True))
             continue
-        rows.append(
-            RankRow(
-                step=step,
-                layer=facts.name,
-                term=0,
-                form=Form.DENSE,
-                params=facts.params,
-                macs=facts.macs or 0,
-                reason=decisions.dense[facts.name],
-                chosen=True,
-            )
-        )
+        rows.append(_dense_row(step, facts.name, facts.params, facts.macs, decisions.dense[facts.name], chosen=True))
     return rows
 
 
 def layer_rows(step: int, problem: LayerProblem, norm: float, made: Projection, *, chosen: bool) -> list[RankRow]:
     """Rows of one layer that the rules let be compressed."""
     layer = problem.layer
-    bias_params = layer.params - problem.choices[0].term.geometry.weight_params
     if made.dense:
-        return [
-            RankRow(
-                step=step,
-                layer=layer.name,
-                term=0,
-                form=Form.DENSE,
-                params=layer.params,
-                macs=layer.macs or 0,
-                reason=ReasonCode.DENSE_PREFERRED,
-                chosen=chosen,
-            )
-        ]
+        return [_dense_row(step, layer.name, layer.params, layer.macs, ReasonCode.DENSE_PREFERRED, chosen=chosen)]
     error = sqrt(max(made.error, 0.0) / norm) if norm > 0 else 0.0
+    bias_params = max(layer.params - problem.geometry.weight_params, 0)
+    operator_macs = problem.geometry.dense_macs  # counted with the first term whose weight it uses
+    bias_at = next((place for place, rank in enumerate(made.ranks) if rank > 0), 0)
     rows = []
-    bias_given = False
-    for index, choice, rank in zip(problem.term_indices, problem.choices, made.ranks, strict=True):
-        carries_bias = rank > 0 and not bias_given
-        bias_given = bias_given or carries_bias
-        fixed = choice.rank_low == choice.rank_high
-        selected = ReasonCode.RANK_FIXED if fixed else ReasonCode.RANK_SELECTED
-        rows.append(
-            RankRow(
-                step=step,
-                layer=layer.name,
-                term=index,
-                form=choice.term.form,
-                rank=rank,
-                params=choice.term.params(rank) + (bias_params if carries_bias else 0),
-                macs=choice.term.macs(rank),
-                relative_error=error,
-                reason=selected if rank > 0 else ReasonCode.RANK_ZERO,
-                chosen=chosen,
-            )
+    for place, (index, choice, theta) in enumerate(
+        zip(problem.term_indices, problem.choices, made.factors, strict=True)
+    ):
+        row = _term_row(step, layer.name, index, choice, theta).model_copy(
+            update={"relative_error": error, "chosen": chosen}
         )
+        if place == bias_at:
+            row = row.model_copy(update={"params": row.params + bias_params})
+        if theta.units > 0 and choice.term.composed:
+            row, operator_macs = row.model_copy(update={"macs": row.macs + operator_macs}), 0
+        rows.append(row)
     rows.extend(
         RankRow(
             step=step,
             layer=layer.name,
             term=drop.index,
+            type=drop.type,
             form=drop.form,
             rank=0,
             relative_error=error,
@@ -107,3 +82,35 @@ def layer_rows(step: int, problem: LayerProblem, norm: float, made: Projection, 
         for drop in problem.dropped
     )
     return rows
+
+
+def _term_row(step: int, layer: str, index: int, choice: TermChoice, theta: Any) -> RankRow:
+    counts = choice.term.counts(theta) if theta.units > 0 else Counts()
+    selected = ReasonCode.RANK_FIXED if choice.fixed else ReasonCode.RANK_SELECTED
+    return RankRow(
+        step=step,
+        layer=layer,
+        term=index,
+        type=choice.term.type_name,
+        form=choice.term.form_of(theta),
+        rank=theta.units,
+        params=counts.params,
+        macs=counts.macs,
+        bits=counts.bits,
+        details=choice.term.details(theta) if theta.units > 0 else {},
+        reason=selected if theta.units > 0 else ReasonCode.RANK_ZERO,
+    )
+
+
+def _dense_row(step: int, layer: str, params: int, macs: int | None, reason: ReasonCode, *, chosen: bool) -> RankRow:
+    return RankRow(
+        step=step,
+        layer=layer,
+        term=0,
+        type="dense",
+        form=Form.DENSE,
+        params=params,
+        macs=macs or 0,
+        reason=reason,
+        chosen=chosen,
+    )

@@ -87,7 +87,7 @@ def verify(
     pair = Pair(load_model(sources.model, device), _stock_load(artifact, device))
     dataset = open_dataset(sources, spec, pair.reference)
     examples = example_inputs(spec, dataset, device)
-    sizes = [_sizes(path, examples) for path in (sources.model, artifact)]
+    sizes = [_sizes(path, examples, codes) for path, codes in ((sources.model, 0), (artifact, plan["codes"]))]
     budget = _budget(spec, plan, sizes[0], sizes[1])
     scored = _scores(spec, dataset, pair, device)
     latencies = [
@@ -207,10 +207,11 @@ def _compare(artifact: Path, expected: Mapping[str, Tensor]) -> tuple[float, int
     return max(differences, default=0.0), len(inputs[0]) if inputs else 0
 
 
-def _sizes(path: Path, examples: tuple[Tensor, ...]) -> dict[str, int]:
-    """Parameters and multiply-adds of a file, counted on the CPU for one sample."""
+def _sizes(path: Path, examples: tuple[Tensor, ...], codes: int) -> dict[str, int]:
+    """Numbers of a file (parameters, and `codes` packed in buffers), its bytes, and its multiply-adds on one sample."""
     module = _stock_load(path, torch.device("cpu"))
-    return {"params": count_params(module), "macs": count_macs(module, tuple(x[:1].cpu() for x in examples))}
+    macs = count_macs(module, tuple(x[:1].cpu() for x in examples))
+    return {"params": count_params(module) + codes, "macs": macs, "bytes": path.stat().st_size}
 
 
 def _budget(

@@ -14,6 +14,7 @@ from worker.engine.csteps.additive import Projection, TermChoice, project
 from worker.engine.forms.geometry import Call, Geometry
 from worker.engine.forms.low_rank import LowRankTerm
 from worker.engine.forms.reshape import named_reshape
+from worker.engine.forms.term import Price
 
 NAMES = {2: ("matrix", "chunked"), 4: ("channel", "spatial", "spatial_transposed")}
 
@@ -35,8 +36,8 @@ def layers(draw: st.DrawFn) -> tuple[Tensor, list[TermChoice], float]:
         reshape = named_reshape(name, shape)
         assert reshape is not None
         term = LowRankTerm(reshape, geometry)
-        choices.append(TermChoice(term, term.params_per_rank / 1e6, 0, term.rank_max))
-    largest = max(energies(weight, choice)[0] / choice.price for choice in choices)
+        choices.append(TermChoice(term, Price(params=1e-6), 0, term.rank_max))
+    largest = max(energies(weight, choice)[0] / choice.unit_price for choice in choices)
     return weight, choices, float(largest * 10.0 ** draw(st.floats(-3, 0.2)))
 
 
@@ -46,15 +47,15 @@ def energies(weight: Tensor, choice: TermChoice) -> np.ndarray:
 
 def objective(weight: Tensor, choices: list[TermChoice], pressure: float, made: Projection) -> float:
     whole = sum((c.term.project(f) for c, f in zip(choices, made.factors, strict=True)), torch.zeros(weight.shape))
-    cost = sum(c.price * f.rank for c, f in zip(choices, made.factors, strict=True))
+    cost = sum(c.unit_price * f.rank for c, f in zip(choices, made.factors, strict=True))
     return pressure * cost + float((weight.double() - whole).square().sum())
 
 
 def single(weight: Tensor, choice: TermChoice, pressure: float) -> float:
     """Objective of the best single term, from the full SVD and the closed form."""
     found = energies(weight, choice)
-    rank = int((found > pressure * choice.price).sum())
-    return pressure * choice.price * rank + float(found[rank:].sum())
+    rank = int((found > pressure * choice.unit_price).sum())
+    return pressure * choice.unit_price * rank + float(found[rank:].sum())
 
 
 @settings(max_examples=120, deadline=None)
@@ -111,7 +112,7 @@ def test_max_rank_zero_on_the_second_term_is_the_single_term_bit_for_bit(
 def test_the_rank_of_one_term_is_the_threshold(layer: tuple[Tensor, list[TermChoice], float]) -> None:
     weight, choices, pressure = layer
     found = energies(weight, choices[0])
-    threshold = pressure * choices[0].price  # 2λα/μ
+    threshold = pressure * choices[0].unit_price  # 2λα/μ
     if np.min(np.abs(found - threshold)) < 1e-9 * found[0]:
         return
     made = project(weight, choices[:1], pressure)
@@ -140,7 +141,7 @@ def test_fixed_ranks_of_one_term_are_eckart_young() -> None:
     weight = torch.randn(9, 6, generator=torch.Generator().manual_seed(2))
     reshape = named_reshape("matrix", (9, 6))
     assert reshape is not None
-    choice = TermChoice(LowRankTerm(reshape, Geometry("linear", (9, 6), ())), 1.0, 0, 6).at_rank(3)
+    choice = TermChoice(LowRankTerm(reshape, Geometry("linear", (9, 6), ())), Price(params=1 / 15), 0, 6).at_rank(3)
     made = project(weight, [choice], 12.0)
     assert made.ranks == (3,)
     assert made.error == pytest.approx(float(energies(weight, choice)[3:].sum()), rel=1e-9)
@@ -151,7 +152,7 @@ def test_dense_is_one_more_candidate() -> None:
     weight = torch.randn(9, 6, generator=torch.Generator().manual_seed(2))
     reshape = named_reshape("matrix", (9, 6))
     assert reshape is not None
-    choice = TermChoice(LowRankTerm(reshape, Geometry("linear", (9, 6), ())), 15.0, 0, 6)
+    choice = TermChoice(LowRankTerm(reshape, Geometry("linear", (9, 6), ())), Price(params=1), 0, 6)
     low = project(weight, [choice], 1e-3, dense_cost=54.0)
     assert low.dense  # all six ranks cost 90, the dense layer 54
     assert low.ranks == (6,)
@@ -171,7 +172,7 @@ def test_two_terms_fit_what_one_cannot() -> None:
         p, q = reshape.matrix
         left = torch.randn(p, 1, generator=generator, dtype=torch.float64)
         weight += reshape.to_weight(left @ torch.randn(1, q, generator=generator, dtype=torch.float64), shape)
-        choices.append(TermChoice(LowRankTerm(reshape, geometry), 1.0, 1, 1))
+        choices.append(TermChoice(LowRankTerm(reshape, geometry), Price(params=1), 1, 1))
     made = project(weight, choices, 0.0, sweeps=60)
     assert made.error <= 1e-2 * float(weight.square().sum())
     for choice in choices:

@@ -29,7 +29,7 @@ def learn(files: tuple[Path, Path], folder: Path, **changes: Any) -> Learned:
 def parts_of(learned: Learned, step: int, index: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """W, Θ and β of a layer after a step."""
     tensors = learned.after_steps[step].tensors
-    theta = tensors[f"left.{index}.0"] @ tensors[f"right.{index}.0"]
+    theta = tensors[f"theta.{index}.0.left"] @ tensors[f"theta.{index}.0.right"]
     return tensors[f"network.{NAMES[index]}.weight"].double(), theta, tensors[f"multiplier.{index}"].double()
 
 

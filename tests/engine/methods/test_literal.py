@@ -126,7 +126,7 @@ def terms_of_step(learned: Learned, step: int, order: Sequence[str]) -> list[tup
     tensors = learned.after_steps[step].tensors
     made = []
     for key, name in zip(("0.0", "0.1", "1.0"), (*order, "matrix"), strict=True):
-        left, right = tensors[f"left.{key}"], tensors[f"right.{key}"]
+        left, right = tensors[f"theta.{key}.left"], tensors[f"theta.{key}.right"]
         made.append((left.shape[1], NAMED[name][1](left @ right)))
     return made
 

@@ -6,7 +6,7 @@ as. An additive combination W = Σ Δₜ(Θₜ) takes terms of any kind (methods
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, Self
 
@@ -56,6 +56,25 @@ class Theta(Protocol):
 
 
 @dataclass(frozen=True)
+class Price:
+    """The cost C of counts, linear in them; every weight for one unit, the rule's factor applied.
+
+    Parameters
+    ----------
+    macs, params, bytes : float
+        Price of one multiply-add, of one stored number, of eight stored bits.
+    """
+
+    macs: float = 0.0
+    params: float = 0.0
+    bytes: float = 0.0
+
+    def __call__(self, counts: Counts) -> float:
+        """C."""
+        return self.macs * counts.macs + self.params * counts.params + self.bytes * counts.bits / 8
+
+
+@dataclass(frozen=True)
 class Ask:
     """What a C step asks of one term: the Θ of least pressure·C(Θ) + ‖residual − Δ(Θ)‖².
 
@@ -67,15 +86,15 @@ class Ask:
         Bounds of the units; equal where they are fixed.
     mu : float
         μ, for penalties that are the term's own (α/μ). Infinite where no step is under way.
-    price : callable
-        C of counts, in millions of its units, the rule's factor applied.
+    price : Price
+        C of counts.
     """
 
     pressure: float
     low: int
     high: int
     mu: float = float("inf")
-    price: Callable[[Counts], float] = lambda _: 0.0
+    price: Price = Price()
 
 
 class NotApplicableError(Exception):
@@ -100,7 +119,7 @@ class Term(ABC):
 
     @classmethod
     @abstractmethod
-    def from_spec(cls, spec: TermSpec, geometry: Geometry) -> Self:
+    def from_spec(cls, spec: TermSpec, geometry: Geometry) -> "Term":
         """Make the term that a spec asks for on one layer.
 
         Raises
@@ -111,7 +130,7 @@ class Term(ABC):
 
     @classmethod
     @abstractmethod
-    def from_facts(cls, facts: Facts, geometry: Geometry) -> Self:
+    def from_facts(cls, facts: Facts, geometry: Geometry) -> "Term":
         """Make the term again that `facts` describes."""
 
     @abstractmethod
@@ -143,8 +162,8 @@ class Term(ABC):
     def units_max(self) -> int:
         """Most units that there can be."""
 
-    def units_asked(self, spec: TermSpec) -> tuple[int, int] | None:
-        """Bounds of the units by the spec alone; None leaves them to the selection, 1 to `units_max`."""
+    def units_asked(self, spec: Any) -> tuple[int, int] | None:  # noqa: ARG002
+        """Bounds of the units by the spec alone; None leaves them to the selection, 0 to `units_max`."""
         return None
 
     def counts_at(self, units: int) -> Counts:
@@ -168,6 +187,14 @@ class Term(ABC):
     def form_of(self, theta: Any) -> Form:  # noqa: ARG002  a term that chooses its form looks at it
         """Name of what a Θ makes of the weight."""
         return self.form
+
+    def settled(self, theta: Any) -> "Term":  # noqa: ARG002
+        """Return the term as a Θ has settled it, where Θ holds a choice (of the reshape)."""
+        return self
+
+    def own_penalty(self, theta: Any, ask: Ask) -> float:  # noqa: ARG002
+        """Part of the C step's objective that is the term's own beside price and error: (2/μ)·α‖Θ‖ of a penalty."""
+        return 0.0
 
     def details(self, theta: Any) -> Facts:  # noqa: ARG002
         """What the layer plan says of a Θ beside its units: number of values, bits of an index, kept channels, …."""
@@ -237,8 +264,3 @@ class Term(ABC):
             The term has no joint form.
         """
         raise NotImplementedError
-
-    @property
-    def joint_group(self) -> str | None:
-        """Equal for the terms of several layers whose C step is made at once; None for one of its own."""
-        return None

@@ -24,8 +24,8 @@ from worker.engine.assembly import (
 from worker.engine.course import Course
 from worker.engine.csteps.additive import Projection, project
 from worker.engine.evaluation import evaluate
-from worker.engine.forms.factors import Factors
-from worker.engine.layer_rules import UNITS, size_metric
+from worker.engine.layer_problem import UNITS
+from worker.engine.layer_rules import size_metric
 from worker.engine.methods.context import Context, Outcome, ProgressMeter
 from worker.engine.methods.learning_rate import range_test
 from worker.engine.observer import Saved
@@ -37,7 +37,17 @@ STAGE = "fine_tune"
 FINE_TUNE_STREAM = 0xF1
 PATIENCE_EPOCHS_MIN = 5
 PATIENCE_SHARE = 1 / 3  # of the epochs without a better iterate on the select part end the training
-Learned = tuple[torch.jit.ScriptModule, Sequence[Tensor], Sequence[Projection], int]
+
+
+@dataclass(frozen=True)
+class Learned:
+    """What the steps before leave: W of the network, the C step's targets and results, steps made, and their last μ."""
+
+    module: torch.jit.ScriptModule
+    targets: Sequence[Tensor]
+    projections: Sequence[Projection]
+    step: int
+    mu: float
 
 
 @dataclass
@@ -87,9 +97,8 @@ def finish(context: Context, learned: Learned | None, meter: ProgressMeter, epoc
     ----------
     context : Context
         The job.
-    learned : tuple or None
-        The network with its weights W, the C step's targets, the projections and the number of steps that were made;
-        None to take up a checkpoint of this stage.
+    learned : Learned or None
+        What was learned; None to take up a checkpoint of this stage.
     meter : ProgressMeter
         Counts epochs.
     epochs : int
@@ -100,7 +109,7 @@ def finish(context: Context, learned: Learned | None, meter: ProgressMeter, epoc
     ProblemError
         ``CONSTRAINT_UNREACHABLE`` when no layer became cheaper.
     """
-    tuning = _restore(context) if learned is None else _build(context, *learned)
+    tuning = _restore(context) if learned is None else _build(context, learned)
     final_step = tuning.step + 1  # behind the last C step, whose rows stay
     rows = final_rows(final_step, context.decisions, tuning.norms, tuning.projections)
     context.observer.ranks(rows)
@@ -117,16 +126,11 @@ def finish(context: Context, learned: Learned | None, meter: ProgressMeter, epoc
     return Outcome(tuning.recipe, tuning.best, rows, notes)
 
 
-def _build(
-    context: Context,
-    module: torch.jit.ScriptModule,
-    targets: Sequence[Tensor],
-    projections: Sequence[Projection],
-    step: int,
-) -> Tuning:
-    made = _settle(context, targets, projections)
+def _build(context: Context, learned: Learned) -> Tuning:
+    module = learned.module
+    made = _settle(context, learned)
     names = [problem.layer.name for problem in context.network.problems]
-    factors = {name: projection.factors for name, projection in zip(names, made, strict=True)}
+    thetas = {name: projection.factors for name, projection in zip(names, made, strict=True)}
     recipe = make_recipe(context.network.problems, made)
     if not recipe:
         raise ProblemError(
@@ -137,7 +141,7 @@ def _build(
             + ("Lower the budget" if context.limit is not None else "Raise method.lambda, or lower the ranks"),
         )
     kept = state_of(module)
-    network = assemble(context.source, recipe, context.device, factors, kept)
+    network = assemble(context.source, recipe, context.device, thetas, kept)
     load_state(network, kept)
     parameters = dict(module.named_parameters())
     weights = [parameters[str(problem.layer.weight)].detach() for problem in context.network.problems]
@@ -145,27 +149,30 @@ def _build(
     norms = [float(weight.double().square().sum()) for weight in weights]
     state = live_state(network, recipe)
     context.position += 1
-    return Tuning(recipe, made, norms, step, network, state, float("inf"))
+    return Tuning(recipe, made, norms, learned.step, network, state, float("inf"))
 
 
-def _settle(context: Context, targets: Sequence[Tensor], projections: Sequence[Projection]) -> list[Projection]:
+def _settle(context: Context, learned: Learned) -> list[Projection]:
     """Final ranks: at least the least total, within the budget, nothing that costs as much as dense."""
-    network = context.network
+    network, targets, mu = context.network, learned.targets, learned.mu
     made = []
-    for problem, target, projection in zip(network.problems, targets, projections, strict=True):
+    for problem, target, projection in zip(network.problems, targets, learned.projections, strict=True):
         if projection.dense or sum(projection.ranks) >= problem.rank_total_low:
             made.append(projection)
             continue
-        kept = [replace(choice, rank_low=rank) for choice, rank in zip(problem.choices, projection.ranks, strict=True)]
-        made.append(project(target, kept, PROHIBITIVE, rank_total_low=problem.rank_total_low))
+        kept = [
+            replace(choice, rank_low=rank) if choice.term.graded else choice
+            for choice, rank in zip(problem.choices, projection.ranks, strict=True)
+        ]
+        made.append(project(target, kept, PROHIBITIVE, mu=mu, rank_total_low=problem.rank_total_low))
     settled = settle_dense(network, made)
     if context.limit is None:
         return settled
     freed = network.size(settled) < network.size(made)
-    made = fill(network, targets, settled, context.limit) if freed else settled
+    made = fill(network, targets, settled, context.limit, mu=mu) if freed else settled
     if network.size(made) > context.limit:
-        _, made = pressure_for(network, targets, context.limit, warm=[each.factors for each in made])
-        made = settle_dense(network, fill(network, targets, made, context.limit))
+        _, made = pressure_for(network, targets, context.limit, warm=[each.factors for each in made], mu=mu)
+        made = settle_dense(network, fill(network, targets, made, context.limit, mu=mu))
     if network.size(made) > context.limit:
         raise ProblemError(
             ErrorCode.CONSTRAINT_UNREACHABLE,
@@ -270,7 +277,12 @@ def _save(context: Context, tuning: Tuning) -> Saved:
         "norms": tuning.norms,
         "recipe": tuning.recipe,
         "projections": [
-            {"ranks": list(made.ranks), "error": made.error, "objective": made.objective, "dense": made.dense}
+            {
+                "thetas": [theta.facts() for theta in made.factors],
+                "error": made.error,
+                "objective": made.objective,
+                "dense": made.dense,
+            }
             for made in tuning.projections
         ],
         "resolved": context.resolved,
@@ -290,11 +302,10 @@ def _restore(context: Context) -> Tuning:
     load_state(module, saved.under("network.").tensors)
     projections = []
     for problem, kept in zip(context.network.problems, state["projections"], strict=True):
-        factors = tuple(
-            Factors(torch.zeros(choice.term.reshape.matrix[0], rank), torch.zeros(rank, choice.term.reshape.matrix[1]))
-            for choice, rank in zip(problem.choices, kept["ranks"], strict=True)
+        thetas = tuple(
+            choice.term.restore({}, facts) for choice, facts in zip(problem.choices, kept["thetas"], strict=True)
         )
-        projections.append(Projection(factors, kept["error"], kept["objective"], 0, kept["dense"]))
+        projections.append(Projection(thetas, kept["error"], kept["objective"], 0, kept["dense"]))
     context.resolved.update({**state["resolved"], "device": context.device.type})
     context.observer.resolved(context.resolved)
     course = None if state["course"] is None else Saved(saved.under("course.").tensors, state["course"])

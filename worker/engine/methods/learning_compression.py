@@ -20,9 +20,8 @@ from service.contract.states import Phase
 from worker.engine.assembly import state_of
 from worker.engine.course import Course
 from worker.engine.csteps.additive import Projection
-from worker.engine.forms.factors import Factors
 from worker.engine.methods.context import Context, Outcome, ProgressMeter
-from worker.engine.methods.factored import finish
+from worker.engine.methods.factored import Learned, finish
 from worker.engine.methods.learning_rate import loss_limit, range_test, step_rate
 from worker.engine.methods.loop import STAGE, Loop, LStep, restore_loop, save_loop, weights_of
 from worker.engine.rank_rows import changed, step_rows
@@ -69,18 +68,19 @@ class LearningCompression:
             _step(context, loop, meter)
             context.checkpoint(partial(save_loop, context, loop))
         targets = _last_targets(context, loop)
-        return finish(context, (loop.module, targets, loop.projections, loop.step), meter, tuning)
+        learned = Learned(loop.module, targets, loop.projections, loop.step, _mu(context, loop, loop.step - 1))
+        return finish(context, learned, meter, tuning)
 
     def _direct(self, context: Context) -> Outcome:
         context.observer.phase(Phase.LEARNING)
         module = context.copy()
         weights = weights_of(context, module)
-        made = _steered(context, weights, _pressure_given(context, DIRECT_MU), None)[1]
+        made = _steered(context, weights, _pressure_given(context, DIRECT_MU), DIRECT_MU)[1]
         rows = step_rows(1, context.network.problems, _norms(weights), made)
         context.observer.ranks(rows)
         meter = ProgressMeter(context.observer, 1, 1)
         targets = [weight.detach() for weight in weights]
-        outcome = finish(context, (module, targets, made, 1), meter, 0)
+        outcome = finish(context, Learned(module, targets, made, 1, DIRECT_MU), meter, 0)
         meter.reach(1, 1)
         return outcome
 
@@ -91,7 +91,7 @@ def _begin(context: Context) -> Loop:
     weights = weights_of(context, module)
     mu_given = context.spec.method.mu.initial
     guess = 1.0 if mu_given == "auto" else mu_given
-    pressure, made = _steered(context, weights, _pressure_given(context, guess), None)
+    pressure, made = _steered(context, weights, _pressure_given(context, guess), guess)
     rate = context.spec.training.optimizer.lr
     if rate == "auto":
         rate = range_test(lambda: context.trainer(_projected_copy(context, made)))
@@ -100,11 +100,11 @@ def _begin(context: Context) -> Loop:
     context.resolve("method.mu.initial", mu_first)
     if context.limit is None:
         pressure = _pressure_given(context, mu_first) or 0.0
-        made = project_all(context.network, weights, pressure, None, None)
+        made = project_all(context.network, weights, pressure, None, None, mu=mu_first)
     if _literal(context.spec.method):
         made = [
-            Projection(factors, float(w.detach().double().square().sum()), 0.0, 0)
-            for factors, w in zip(nothing_yet(context.network, weights), weights, strict=True)
+            Projection(tuple(thetas), float(w.detach().double().square().sum()), 0.0, 0)
+            for thetas, w in zip(nothing_yet(context.network, weights), weights, strict=True)
         ]
     multipliers = [torch.zeros_like(weight) for weight in weights]
     loop = Loop(module, weights, multipliers, made, pressure, mu_first, rate, loss_limit(context.trainer(module)))
@@ -122,7 +122,7 @@ def _step(context: Context, loop: Loop, meter: ProgressMeter) -> None:
         loop.l_step = LStep(state_of(loop.module))
     loss, penalty = _l_step(context, loop, loop.l_step, mu, meter)
     targets = [_target(loop, index, mu) for index in range(len(loop.weights))]
-    loop.projections, pressure = _c_step(context, loop, targets)
+    loop.projections, pressure = _c_step(context, loop, targets, mu)
     distance = _update_multipliers(context, loop, mu)
     loop.l_step = None
     size = context.network.size(loop.projections)
@@ -190,7 +190,7 @@ def _epoch(context: Context, loop: Loop, course: Course, penalty: Penalty, meter
     meter.reach(loop.step, loop.done_epochs(context), loss=course.place.loss)
 
 
-def _c_step(context: Context, loop: Loop, targets: Sequence[Tensor]) -> tuple[list[Projection], float]:
+def _c_step(context: Context, loop: Loop, targets: Sequence[Tensor], mu: float) -> tuple[list[Projection], float]:
     """Project, and steer λ towards the budget (methods L.7); also returns the pressure of this projection.
 
     Where ranks are held within the budget the alternation runs until it stalls, whatever the spec's number of sweeps.
@@ -206,11 +206,11 @@ def _c_step(context: Context, loop: Loop, targets: Sequence[Tensor]) -> tuple[li
     if context.limit is not None and share > HOLD_FROM:
         start = max(loop.pressure, 1e-30)
         loop.pressure, made = pressure_for(
-            network, targets, context.limit, start=start, warm=loop.factors(), after_layer=after_layer
+            network, targets, context.limit, start=start, warm=loop.thetas(), after_layer=after_layer, mu=mu
         )
-        return fill(network, targets, made, context.limit), loop.pressure
+        return fill(network, targets, made, context.limit, mu=mu), loop.pressure
     pressure = loop.pressure
-    made = project_all(network, targets, pressure, loop.factors(), sweeps, after_layer)
+    made = project_all(network, targets, pressure, loop.thetas(), sweeps, after_layer, mu=mu)
     if context.limit is not None and share > ADAPT_FROM:
         loop.pressure *= (network.size(made) / context.limit) ** 0.5
     return made, pressure
@@ -245,14 +245,14 @@ def _penalty(context: Context, loop: Loop, mu: float) -> Penalty:
 
 
 def _steered(
-    context: Context, weights: Sequence[Tensor], pressure: float | None, warm: Sequence[Sequence[Factors]] | None
+    context: Context, weights: Sequence[Tensor], pressure: float | None, mu: float
 ) -> tuple[float, list[Projection]]:
     """Ranks on a spectrum: within the budget where there is one, else at the given pressure."""
     if context.limit is None:
         given = pressure if pressure is not None else 0.0
-        return given, project_all(context.network, weights, given, warm, None)
-    found, made = pressure_for(context.network, weights, context.limit)
-    return found, fill(context.network, weights, made, context.limit)
+        return given, project_all(context.network, weights, given, None, None, mu=mu)
+    found, made = pressure_for(context.network, weights, context.limit, mu=mu)
+    return found, fill(context.network, weights, made, context.limit, mu=mu)
 
 
 def _mu_first(context: Context, weights: Sequence[Tensor], rate: float) -> float:
@@ -266,7 +266,7 @@ def _mu_first(context: Context, weights: Sequence[Tensor], rate: float) -> float
         return mu
     total = sum(_norms(weights))
     for _ in range(60):  # doubling spans 18 orders of magnitude
-        made = project_all(context.network, weights, 2 * given / mu, None, None)
+        made = project_all(context.network, weights, 2 * given / mu, None, None, mu=mu)
         if total - sum(0.0 if each.dense else each.error for each in made) >= SENSIBLE_ENERGY * total:
             break
         mu *= 2

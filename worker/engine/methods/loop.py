@@ -12,7 +12,6 @@ from service.contract.plan import RankRow
 from worker.engine.assembly import load_state, state_in_place
 from worker.engine.course import Course
 from worker.engine.csteps.additive import Projection
-from worker.engine.forms.factors import Factors
 from worker.engine.methods.context import Context
 from worker.engine.observer import Saved
 
@@ -92,7 +91,7 @@ class Loop:
     rows: list[RankRow] = field(default_factory=list)
     l_step: LStep | None = None
 
-    def factors(self) -> list[tuple[Factors, ...]]:
+    def thetas(self) -> list[tuple[Any, ...]]:
         """Θ of each layer."""
         return [made.factors for made in self.projections]
 
@@ -117,9 +116,9 @@ def save_loop(context: Context, loop: Loop) -> Saved:
     tensors = {f"network.{name}": tensor for name, tensor in state_in_place(loop.module).items()}
     for index, (multiplier, made) in enumerate(zip(loop.multipliers, loop.projections, strict=True)):
         tensors[f"multiplier.{index}"] = multiplier.cpu()
-        for place, factors in enumerate(made.factors):
-            tensors[f"left.{index}.{place}"] = factors.left.cpu().contiguous()
-            tensors[f"right.{index}.{place}"] = factors.right.cpu().contiguous()
+        for place, theta in enumerate(made.factors):
+            for name, tensor in theta.tensors().items():
+                tensors[f"theta.{index}.{place}.{name}"] = tensor.cpu().contiguous()
     state: dict[str, Any] = {
         "stage": STAGE,
         "step": loop.step,
@@ -130,7 +129,14 @@ def save_loop(context: Context, loop: Loop) -> Saved:
         "rate_scale": loop.rate_scale,
         "loss_limit": loop.loss_limit,
         "projections": [
-            {"error": p.error, "objective": p.objective, "sweeps": p.sweeps, "dense": p.dense} for p in loop.projections
+            {
+                "thetas": [theta.facts() for theta in made.factors],
+                "error": made.error,
+                "objective": made.objective,
+                "sweeps": made.sweeps,
+                "dense": made.dense,
+            }
+            for made in loop.projections
         ],
         "rows": [row.model_dump(mode="json") for row in loop.rows],
         "l_step": None,
@@ -153,14 +159,13 @@ def restore_loop(context: Context) -> Loop:
     projections, multipliers = [], []
     for index, (problem, kept) in enumerate(zip(context.network.problems, state["projections"], strict=True)):
         multipliers.append(saved.tensors[f"multiplier.{index}"].to(context.device))
-        factors = tuple(
-            Factors(
-                saved.tensors[f"left.{index}.{place}"].to(context.device),
-                saved.tensors[f"right.{index}.{place}"].to(context.device),
+        thetas = []
+        for place, (choice, facts) in enumerate(zip(problem.choices, kept["thetas"], strict=True)):
+            held = saved.under(f"theta.{index}.{place}.").tensors
+            thetas.append(
+                choice.term.restore({name: tensor.to(context.device) for name, tensor in held.items()}, facts)
             )
-            for place in range(len(problem.choices))
-        )
-        projections.append(Projection(factors, kept["error"], kept["objective"], kept["sweeps"], kept["dense"]))
+        projections.append(Projection(tuple(thetas), kept["error"], kept["objective"], kept["sweeps"], kept["dense"]))
     context.resolve("training.optimizer.lr", state["rate"])
     context.resolve("method.mu.initial", state["mu_first"])
     return Loop(

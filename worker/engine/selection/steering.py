@@ -2,16 +2,17 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from heapq import heapify, heappop, heappush
-from math import sqrt
+from heapq import heappop, heappush
+from math import inf, sqrt
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from worker.engine.csteps.additive import Projection, empty_factors, project
-from worker.engine.csteps.spectrum import energies_of
-from worker.engine.forms.factors import Factors
-from worker.engine.layer_rules import LayerProblem
+from worker.engine.csteps.additive import Projection, project
+from worker.engine.csteps.joint import project_jointly
+from worker.engine.forms.term import Term
+from worker.engine.layer_problem import LayerProblem
 from worker.engine.selection.curves import curves_of, estimate_pressure
 
 NEARLY = 0.97  # of the limit: what is left is filled rank by rank
@@ -20,6 +21,7 @@ TRIES_MAX = 12
 LOWERINGS_MAX = 4  # once W has emptied its tails, lower pressures find nothing more
 PROHIBITIVE = 1e30
 POLISH_SWEEPS = 3
+Thetas = Sequence[Any]  # Θ of each term of one layer
 AfterLayer = Callable[[int, int], None]  # told of every layer that is projected: which one, of how many
 
 
@@ -40,7 +42,7 @@ class Network:
 
     def size(self, projections: Sequence[Projection]) -> int:
         """Size of the whole network with these projections."""
-        return self.rest + sum(layer_size(p, made) for p, made in zip(self.problems, projections, strict=True))
+        return self.rest + sum(p.size_with(made) for p, made in zip(self.problems, projections, strict=True))
 
     @property
     def least_size(self) -> int:
@@ -53,18 +55,15 @@ class Network:
         return self.rest + sum(problem.dense_size for problem in self.problems)
 
 
-def layer_size(problem: LayerProblem, projection: Projection) -> int:
-    """Size of a layer with its projection."""
-    return problem.dense_size if projection.dense else problem.size(projection.ranks)
-
-
 def project_all(
     network: Network,
     weights: Sequence[Tensor],
     pressure: float,
-    warm: Sequence[Sequence[Factors]] | None,
+    warm: Sequence[Thetas] | None,
     sweeps: int | None,
     after_layer: AfterLayer | None = None,
+    *,
+    mu: float = inf,
 ) -> list[Projection]:
     """Make the C step of every layer.
 
@@ -83,23 +82,31 @@ def project_all(
         break-even and a layer may fall to rank 0; what the final network needs is seen to when the loop is over.
     after_layer : callable, optional
         Told of every layer that is projected.
+    mu : float
+        μ, for penalties that are a term's own.
     """
-    literal = sweeps is not None
     made: list[Projection] = []
     for index, (problem, weight) in enumerate(zip(network.problems, weights, strict=True)):
-        projection = project(
-            weight,
-            [choice.past_break_even() for choice in problem.choices] if literal else problem.choices,
-            pressure,
-            warm=None if warm is None else warm[index],
-            sweeps=sweeps,
-            rank_total_low=0 if literal else problem.rank_total_low,
-            dense_cost=None if literal or problem.fixed else problem.dense_price,
-        )
-        made.append(projection)
+        made.append(_project_one(problem, weight, pressure, mu, None if warm is None else warm[index], sweeps))
         if after_layer is not None:
             after_layer(index + 1, len(weights))
-    return made
+    return project_jointly(network.problems, weights, made, pressure, mu)
+
+
+def _project_one(
+    problem: LayerProblem, weight: Tensor, pressure: float, mu: float, warm: Thetas | None, sweeps: int | None
+) -> Projection:
+    literal = sweeps is not None
+    return project(
+        weight,
+        [choice.past_break_even() for choice in problem.choices] if literal else problem.choices,
+        pressure,
+        mu=mu,
+        warm=warm,
+        sweeps=sweeps,
+        rank_total_low=0 if literal else problem.rank_total_low,
+        dense_cost=None if literal or problem.fixed else problem.dense_price,
+    )
 
 
 def pressure_for(
@@ -108,8 +115,9 @@ def pressure_for(
     limit: int,
     *,
     start: float | None = None,
-    warm: Sequence[Sequence[Factors]] | None = None,
+    warm: Sequence[Thetas] | None = None,
     after_layer: AfterLayer | None = None,
+    mu: float = inf,
 ) -> tuple[float, list[Projection]]:
     """Find a pressure whose ranks meet the limit and use nearly all of it.
 
@@ -130,6 +138,8 @@ def pressure_for(
         Θ of the step before.
     after_layer : callable, optional
         Told of every layer that is projected, at every pressure that is tried.
+    mu : float
+        μ, for penalties that are a term's own.
     """
     if start is None:
         start = estimate_pressure(curves_of(network.problems, weights), network.rest, limit)
@@ -137,7 +147,7 @@ def pressure_for(
     feasible: tuple[float, list[Projection]] | None = None
     infeasible: float | None = None
     for tries in range(TRIES_MAX):
-        made = project_all(network, weights, pressure, warm, None, after_layer)
+        made = project_all(network, weights, pressure, warm, None, after_layer, mu=mu)
         size = network.size(made)
         if size <= limit:
             if feasible is None or size >= network.size(feasible[1]):
@@ -153,70 +163,112 @@ def pressure_for(
         else:
             pressure = sqrt(feasible[0] * infeasible)
     if feasible is None:  # only the least ranks are left
-        feasible = (start, least_projections(network, weights))
+        feasible = (start, least_projections(network, weights, mu))
     return feasible
 
 
-def least_projections(network: Network, weights: Sequence[Tensor]) -> list[Projection]:
+def least_projections(network: Network, weights: Sequence[Tensor], mu: float = inf) -> list[Projection]:
     """Fit every layer at its least size in the metric, whatever the cost C says."""
     made = []
     for problem, weight in zip(network.problems, weights, strict=True):
         ranks = problem.least_ranks
-        fixed = [choice.at_rank(rank) for choice, rank in zip(problem.choices, ranks, strict=True)]
-        dense = problem.size(ranks) > problem.dense_size
-        made.append(replace(project(weight, fixed, 0.0, sweeps=POLISH_SWEEPS), dense=dense))
+        fixed = [
+            choice.at_rank(rank) if choice.term.graded or rank == 0 else choice
+            for choice, rank in zip(problem.choices, ranks, strict=True)
+        ]
+        least = project(weight, fixed, PROHIBITIVE, mu=mu, sweeps=POLISH_SWEEPS)
+        made.append(replace(least, dense=problem.size_with(least) > problem.dense_size))
     return made
 
 
 def fill(
-    network: Network, weights: Sequence[Tensor], projections: Sequence[Projection], limit: int
+    network: Network, weights: Sequence[Tensor], projections: Sequence[Projection], limit: int, *, mu: float = inf
 ) -> list[Projection]:
-    """Use what a budget has left: raise ranks by the largest σ²/cost that still fits, then fit at those ranks.
+    """Use what a budget has left: raise units by the largest energy/cost that still fits, then fit at those units.
 
-    A layer never grows to the size of its dense form, and the limit is never exceeded.
+    A layer never grows to the size of its dense form, and the limit is never exceeded. Terms that are not graded stay
+    as they are, and so do layers that share a term with others.
     """
-    ranks = [list(made.ranks) for made in projections]
-    left = limit - network.size(projections)
-    queue: list[tuple[float, int, int, int]] = []
-    spectra: dict[tuple[int, int], Tensor] = {}
+    filling = _Filling(network, projections, limit - network.size(projections))
     for index, (problem, weight, made) in enumerate(zip(network.problems, weights, projections, strict=True)):
-        if made.dense:
+        if made.dense or problem.joint:
             continue
         residual = weight.detach().to(torch.float64) - composed(problem, made.factors)
         for place, choice in enumerate(problem.choices):
-            if made.ranks[place] < choice.rank_high:
-                spectra[index, place] = energies_of(choice.term.reshape.to_matrix(residual))
-                queue.append(_entry(network, spectra, index, place, 0))
-    heapify(queue)
-    while queue:
-        _, index, place, taken = heappop(queue)
-        problem = network.problems[index]
-        raised = [rank + (position == place) for position, rank in enumerate(ranks[index])]
-        extra = problem.size(raised) - problem.size(ranks[index])
-        fits = extra <= left and problem.size(raised) < problem.dense_size
-        if not fits or raised[place] > problem.choices[place].rank_high:
-            continue
-        ranks[index], left = raised, left - extra
-        if taken + 1 < len(spectra[index, place]):
-            heappush(queue, _entry(network, spectra, index, place, taken + 1))
-    return at_ranks(network, weights, projections, ranks)
+            term = choice.term.settled(made.factors[place])
+            if term.graded and made.ranks[place] < choice.rank_high:
+                filling.offer(index, place, term.energies(residual))
+    filling.run()
+    return at_ranks(network, weights, projections, filling.ranks, mu)
+
+
+class _Filling:
+    """The queue of units that could still be added, best first."""
+
+    def __init__(self, network: Network, projections: Sequence[Projection], left: int) -> None:
+        self._problems = network.problems
+        self._projections = projections
+        self._left = left
+        self._counts = [made.counts(p.choices) for p, made in zip(network.problems, projections, strict=True)]
+        self._energies: dict[tuple[int, int], list[float]] = {}
+        self._queue: list[tuple[float, int, int, int]] = []
+        self.ranks = [list(made.ranks) for made in projections]
+
+    def offer(self, index: int, place: int, energies: Tensor) -> None:
+        """Take a term's units into the queue, one at a time."""
+        self._energies[index, place] = energies.tolist()
+        self._push(index, place, 0)
+
+    def run(self) -> None:
+        """Add units until nothing more fits."""
+        while self._queue:
+            _, index, place, taken = heappop(self._queue)
+            problem, counts = self._problems[index], self._counts[index]
+            raised = [
+                self._term(index, place).counts_at(self.ranks[index][place] + 1) if at == place else each
+                for at, each in enumerate(counts)
+            ]
+            size = problem.size_of(raised)
+            extra = size - problem.size_of(counts)
+            if extra > self._left or size >= problem.dense_size:
+                continue
+            self._counts[index], self._left = raised, self._left - extra
+            self.ranks[index][place] += 1
+            if self.ranks[index][place] < problem.choices[place].rank_high:
+                self._push(index, place, taken + 1)
+
+    def _term(self, index: int, place: int) -> Term:
+        return self._problems[index].choices[place].term.settled(self._projections[index].factors[place])
+
+    def _push(self, index: int, place: int, taken: int) -> None:
+        if taken < len(self._energies[index, place]):
+            price = self._problems[index].choices[place].price(self._term(index, place).counts_at(1))
+            gain = self._energies[index, place][taken] / max(price, 1e-300)
+            heappush(self._queue, (-gain, index, place, taken))
 
 
 def at_ranks(
-    network: Network, weights: Sequence[Tensor], projections: Sequence[Projection], ranks: Sequence[Sequence[int]]
+    network: Network,
+    weights: Sequence[Tensor],
+    projections: Sequence[Projection],
+    ranks: Sequence[Sequence[int]],
+    mu: float,
 ) -> list[Projection]:
-    """Fit every layer at fixed ranks, from the given factors."""
+    """Fit every layer at fixed units, from the given Θ."""
     made = []
     for problem, weight, projection, wanted in zip(network.problems, weights, projections, ranks, strict=True):
-        if projection.dense:
+        if projection.dense or problem.joint:
             made.append(projection)
             continue
-        fixed = [choice.at_rank(rank) for choice, rank in zip(problem.choices, wanted, strict=True)]
-        made.append(project(weight, fixed, 0.0, warm=projection.factors, sweeps=POLISH_SWEEPS))
+        fixed = [
+            choice.at_rank(rank) if choice.term.graded else choice
+            for choice, rank in zip(problem.choices, wanted, strict=True)
+        ]
+        made.append(project(weight, fixed, 0.0, mu=mu, warm=projection.factors, sweeps=POLISH_SWEEPS))
     return made
 
 
-def composed(problem: LayerProblem, factors: Sequence[Factors]) -> Tensor:
+def composed(problem: LayerProblem, factors: Thetas) -> Tensor:
     """Sum of a layer's terms as a dense weight, float64."""
     parts = [choice.term.project(made) for choice, made in zip(problem.choices, factors, strict=True)]
     return torch.stack(parts).sum(dim=0)
@@ -232,10 +284,10 @@ def held_against(network: Network, weights: Sequence[Tensor], projections: Seque
     ]
 
 
-def nothing_yet(network: Network, weights: Sequence[Tensor]) -> list[tuple[Factors, ...]]:
+def nothing_yet(network: Network, weights: Sequence[Tensor]) -> list[Thetas]:
     """Θ = 0 for every layer, as the loop begins."""
     return [
-        tuple(empty_factors(choice.term, weight) for choice in problem.choices)
+        tuple(choice.term.empty(weight) for choice in problem.choices)
         for problem, weight in zip(network.problems, weights, strict=True)
     ]
 
@@ -244,15 +296,7 @@ def settle_dense(network: Network, projections: Sequence[Projection]) -> list[Pr
     """Leave dense every layer whose sum costs no less than its dense form in the metric (never worse)."""
     return [
         Projection(made.factors, 0.0, made.objective, made.sweeps, dense=True)
-        if made.dense or problem.size(made.ranks) >= problem.dense_size
+        if made.dense or problem.size_with(made) >= problem.dense_size
         else made
         for problem, made in zip(network.problems, projections, strict=True)
     ]
-
-
-def _entry(
-    network: Network, spectra: dict[tuple[int, int], Tensor], index: int, place: int, taken: int
-) -> tuple[float, int, int, int]:
-    choice = network.problems[index].choices[place]
-    gain = float(spectra[index, place][taken]) / max(choice.price, 1e-300)
-    return (-gain, index, place, taken)
