@@ -24,10 +24,25 @@ def full_rank(term: LowRankTerm, weight: Tensor) -> Factors:
     return Factors((u * roots).to(weight.dtype), (roots[:, None] * v).to(weight.dtype))
 
 
+class Dense(nn.Module):
+    """The layer's own operator with a composed weight."""
+
+    def __init__(self, term: LowRankTerm, factors: Factors, bias: Tensor | None) -> None:
+        super().__init__()
+        self.weight = term.emit_weight(factors)
+        self.bias = None if bias is None else nn.Parameter(bias)
+        self.convolution = term.geometry.kind == "conv2d"
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.convolution:
+            return functional.conv2d(x, self.weight(), self.bias)
+        return functional.linear(x, self.weight(), self.bias)
+
+
 def hold(term: LowRankTerm, weight: Tensor, bias: Tensor | None, x: Tensor, expected: Tensor) -> None:
     """Full rank equals the dense operator; costs are what PyTorch counts for one sample."""
     factors = full_rank(term, weight)
-    module = torch.jit.script(term.emit(factors, bias))
+    module = torch.jit.script(Dense(term, factors, bias) if term.composed else term.emit(factors, bias))
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         y = module(x)
     assert y.shape == expected.shape

@@ -38,45 +38,161 @@ class SumOfWeights(nn.Module):
 
 
 class SharedDepthwise(nn.Module):
-    """The same r spatial filters on every channel: (…, c, H, W) → (…, c·r, H', W')."""
+    """The same r spatial filters on every channel: (…, c, H, W) → (…, c·r, H', W'), with any number of spatial axes."""
 
-    def __init__(self, filters: nn.Conv2d) -> None:
+    def __init__(self, filters: nn.Module, axes: int) -> None:
         super().__init__()
         self.filters = filters
+        self.axes = axes
 
     def forward(self, x: Tensor) -> Tensor:
         """Fold the channels into the batch, filter, and unfold."""
-        y: Tensor = self.filters(x.reshape(-1, 1, x.size(-2), x.size(-1)))
-        return y.reshape(list(x.shape[:-3]) + [x.size(-3) * y.size(-3), y.size(-2), y.size(-1)])
+        channel = x.dim() - self.axes - 1
+        y: Tensor = self.filters(x.flatten(0, channel).unsqueeze(1))
+        return y.reshape(list(x.shape[:channel]) + [x.size(channel) * y.size(1)] + list(y.shape[2:]))
+
+
+class Factor(nn.Module):
+    """A factor kept in a dtype of its own; `forward()` gives it in the dtype of the network around it."""
+
+    like: Tensor
+
+    def __init__(self, value: Tensor, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.value = nn.Parameter(value.detach().clone().contiguous())
+        self.register_buffer("like", torch.empty(0, dtype=dtype))
+
+    def forward(self) -> Tensor:
+        """Cast the factor."""
+        return self.value.to(self.like.dtype)
+
+
+class ArrangedFactor(nn.Module):
+    """A factor as the weight of an operator: viewed, permuted, reshaped."""
+
+    def __init__(self, factor: nn.Module, *, view: list[int], permute: list[int], shape: list[int]) -> None:
+        super().__init__()
+        self.factor = factor
+        self.view = view
+        self.permute = permute
+        self.shape = shape
+
+    def forward(self) -> Tensor:
+        """Arrange the factor."""
+        value: Tensor = self.factor()
+        return value.reshape(self.view).permute(self.permute).reshape(self.shape)
+
+
+class WeightedLinear(nn.Module):
+    """A linear layer whose weight a module gives."""
+
+    def __init__(self, weight: nn.Module, bias: nn.Parameter | None) -> None:
+        super().__init__()
+        self.weight = weight
+        self.bias = bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the operator."""
+        return functional.linear(x, self.weight(), self.bias)
+
+
+class WeightedEmbedding(nn.Module):
+    """An embedding whose table a module gives."""
+
+    def __init__(self, weight: nn.Module) -> None:
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Look the rows up."""
+        return functional.embedding(x, self.weight())
+
+
+class WeightedConvolution(nn.Module):
+    """A convolution, transposed or not, of any number of axes, whose weight a module gives.
+
+    `before` are zeros to put around the input where both sides of an axis differ, as ``functional.pad`` takes them.
+    """
+
+    before: list[int]
+
+    def __init__(
+        self,
+        weight: nn.Module,
+        bias: nn.Parameter | None,
+        *,
+        stride: list[int],
+        padding: list[int],
+        before: list[int],
+        dilation: list[int],
+        transposed: bool,
+        output_padding: list[int],
+        groups: int,
+    ) -> None:
+        super().__init__()
+        self.weight = weight
+        self.bias = bias
+        self.stride = stride
+        self.padding = padding
+        self.before = before
+        self.dilation = dilation
+        self.transposed = transposed
+        self.output_padding = output_padding
+        self.groups = groups
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the operator to a batch or to one sample."""
+        alone = x.dim() == len(self.stride) + 1
+        if alone:
+            x = x.unsqueeze(0)
+        if sum(self.before) > 0:
+            x = functional.pad(x, self.before)
+        y = torch.convolution(
+            x,
+            self.weight(),
+            self.bias,
+            self.stride,
+            self.padding,
+            self.dilation,
+            self.transposed,
+            self.output_padding,
+            self.groups,
+        )
+        return y.squeeze(0) if alone else y
 
 
 class ContractedLinear(nn.Module):
     """A linear layer as two contractions over factors of its axes (chunked, Kronecker and the like).
 
-    The input's features are viewed as `in_view`, permuted to (kept, contracted); `right` maps the contracted part to
-    (rank, o_c); `left` maps (kept, rank) to o_r; the pair (o_c, o_r) is permuted to the output's order.
+    The input's features are viewed as `in_view`, permuted to (kept, contracted); `first` maps the contracted part to
+    (o_first, rank); `second` maps (kept, rank) to o_second; the pair (o_first, o_second) is permuted to the output's
+    order.
     """
 
     def __init__(
         self,
-        right: nn.Linear,
-        left: nn.Linear,
+        first: nn.Module,
+        second: nn.Module,
         bias: nn.Parameter | None,
         *,
         in_view: list[int],
         in_permute: list[int],
         kept: int,
+        contracted: int,
+        outer: int,
         rank: int,
         out_view: list[int],
         out_permute: list[int],
     ) -> None:
         super().__init__()
-        self.right = right
-        self.left = left
+        self.first = first
+        self.second = second
         self.bias = bias
         self.in_view = in_view
         self.in_permute = in_permute
         self.kept = kept
+        self.contracted = contracted
+        self.outer = outer
         self.rank = rank
         self.out_view = out_view
         self.out_permute = out_permute
@@ -85,13 +201,13 @@ class ContractedLinear(nn.Module):
         """Apply both contractions to the last axis of ``(…, n)``; gives ``(…, m)``."""
         lead = list(x.shape[:-1])
         rows = x.reshape([-1] + self.in_view).permute([0] + [axis + 1 for axis in self.in_permute])
-        batch = rows.size(0)
-        outer = self.right.weight.size(0) // self.rank  # sizes are written out: an empty batch has none to infer
-        hidden = self.right(rows.reshape(batch, self.kept, self.right.weight.size(1)))  # (B, i_r, o_c·rank)
-        hidden = hidden.reshape(batch, self.kept, outer, self.rank).permute(0, 2, 1, 3)  # (B, o_c, i_r, rank)
-        y: Tensor = self.left(hidden.reshape(batch, outer, self.kept * self.rank))  # (B, o_c, o_r)
+        batch = rows.size(0)  # sizes are written out: an empty batch has none to infer
+        hidden = self.first(rows.reshape(batch, self.kept, self.contracted))  # (B, kept, o_first·rank)
+        hidden = hidden.reshape(batch, self.kept, self.outer, self.rank).permute(0, 2, 1, 3)
+        y: Tensor = self.second(hidden.reshape(batch, self.outer, self.kept * self.rank))  # (B, o_first, o_second)
+        features = self.outer * y.size(2)
         y = y.reshape([batch] + self.out_view).permute([0] + [axis + 1 for axis in self.out_permute])
-        y = y.reshape(lead + [outer * self.left.weight.size(0)])
+        y = y.reshape(lead + [features])
         bias = self.bias
         if bias is not None:
             y = y + bias
@@ -123,38 +239,20 @@ class ComposedWeight(nn.Module):
         return matrix.reshape(self.permuted).permute(self.inverse).reshape(self.weight_shape)
 
 
-class ComposedLinear(nn.Module):
-    """A linear layer whose weight is composed at each call."""
-
-    def __init__(self, weight: ComposedWeight, bias: nn.Parameter | None) -> None:
-        super().__init__()
-        self.weight = weight
-        self.bias = bias
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Apply the dense operator with the composed weight."""
-        return functional.linear(x, self.weight(), self.bias)
-
-
-class ComposedConv2d(nn.Module):
-    """A 2-D convolution whose weight is composed at each call."""
+class ComposedOfModules(nn.Module):
+    """A weight rebuilt from its factors under a reshape, where modules give the factors."""
 
     def __init__(
-        self,
-        weight: ComposedWeight,
-        bias: nn.Parameter | None,
-        *,
-        stride: tuple[int, int],
-        padding: tuple[int, int],
-        dilation: tuple[int, int],
+        self, left: nn.Module, right: nn.Module, *, permuted: list[int], inverse: list[int], weight_shape: list[int]
     ) -> None:
         super().__init__()
-        self.weight = weight
-        self.bias = bias
-        self.stride = stride
-        self.padding = padding
-        self.dilation = dilation
+        self.left = left
+        self.right = right
+        self.permuted = permuted
+        self.inverse = inverse
+        self.weight_shape = weight_shape
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Apply the dense operator with the composed weight."""
-        return functional.conv2d(x, self.weight(), self.bias, self.stride, self.padding, self.dilation)
+    def forward(self) -> Tensor:
+        """Compose the weight."""
+        matrix = torch.matmul(self.left(), self.right())
+        return matrix.reshape(self.permuted).permute(self.inverse).reshape(self.weight_shape)

@@ -7,14 +7,12 @@ the example of the authors' slides: 3×4 → 2×6 is ``view=(2, 3, 2), permute=(
 
 from dataclasses import dataclass
 from itertools import pairwise
-from math import isqrt, prod
+from math import isqrt, log, prod
 
 import torch
 from torch import Tensor
 
 from service.contract.terms import GeneralReshape, LowRankTermSpec, NamedReshape
-
-OUT, IN, HEIGHT, WIDTH = 0, 1, 2, 3  # axes of a convolution's weight; a linear layer has the first two
 
 
 @dataclass(frozen=True)
@@ -28,6 +26,9 @@ class SubAxis:
     place: int
     size: int
     step: int
+
+
+Split = tuple[tuple[SubAxis, ...], tuple[SubAxis, ...]]  # row axes, column axes
 
 
 @dataclass(frozen=True)
@@ -52,13 +53,24 @@ class Reshape:
         """Read a weight of any shape with prod(view) elements as the ``(p, q)`` matrix."""
         return weight.reshape(self.view).permute(self.permute).reshape(self.matrix)
 
+    def to_matrices(self, weight: Tensor, groups: int) -> Tensor:
+        """Read each group of the weight's first axis as a matrix: ``(groups, p, q)``."""
+        axes = [0, *(axis + 1 for axis in self.permute)]
+        return weight.reshape((groups, *self.view)).permute(axes).reshape((groups, *self.matrix))
+
     def to_weight(self, matrix: Tensor, weight_shape: tuple[int, ...]) -> Tensor:
         """Undo `to_matrix`: the weight of shape `weight_shape` whose reshape is `matrix`."""
         permuted = [self.view[axis] for axis in self.permute]
         inverse = [self.permute.index(axis) for axis in range(len(self.permute))]
         return matrix.reshape(permuted).permute(inverse).reshape(weight_shape)
 
-    def split(self, weight_shape: tuple[int, ...]) -> tuple[tuple[SubAxis, ...], tuple[SubAxis, ...]] | None:
+    def to_weight_of_groups(self, matrices: Tensor, weight_shape: tuple[int, ...]) -> Tensor:
+        """Undo `to_matrices`."""
+        permuted = [self.view[axis] for axis in self.permute]
+        inverse = [0, *(self.permute.index(axis) + 1 for axis in range(len(self.permute)))]
+        return matrices.reshape([-1, *permuted]).permute(inverse).reshape(weight_shape)
+
+    def split(self, weight_shape: tuple[int, ...]) -> Split | None:
         """Part the weight's own axes into row axes and column axes.
 
         Returns
@@ -166,34 +178,87 @@ def _factor_axes(view: tuple[int, ...], weight_shape: tuple[int, ...]) -> list[S
     return axes
 
 
-def named_reshape(name: NamedReshape, weight_shape: tuple[int, ...], chunks: int | str = "auto") -> Reshape | None:
+def named_reshape(
+    name: NamedReshape,
+    weight_shape: tuple[int, ...],
+    chunks: int | str = "auto",
+    *,
+    transposed: bool = False,
+    kronecker: tuple[int, int] | None = None,
+) -> Reshape | None:
     """Make a named reshape for one weight (methods L.3), or None where it does not apply to the layer's kind.
 
     Parameters
     ----------
     name : str
-        ``matrix`` (a linear layer or a 1×1 convolution), ``channel``, ``spatial``, ``spatial_transposed`` (2-D
-        convolutions) or ``chunked`` (linear layers; transposed when the layer is taller than wide).
+        ``matrix`` (a linear layer or a convolution with a kernel of one weight), ``channel`` (convolutions),
+        ``spatial``, ``spatial_transposed`` (convolutions with two kernel axes or three), ``chunked`` (linear layers;
+        transposed when the layer is taller than wide) or ``kronecker``.
     weight_shape : tuple of int
-        ``(m, n)`` of a linear layer or ``(n, c, kh, kw)`` of a convolution.
+        ``(m, n)`` of a linear layer or ``(n, c, k…)`` of a convolution; of one group where it has groups.
     chunks : int or "auto"
         Number of chunks of ``chunked``; auto is the divisor above 1 that makes the matrix most nearly square.
+    transposed : bool
+        The weight is a transposed convolution's, ``(c, n, k…)``.
+    kronecker : (int, int), optional
+        (m₁, n₁) of ``kronecker``; without them the divisors with the fewest parameters.
     """
     if name == "chunked":
         return _chunked(weight_shape, chunks)
+    if name == "kronecker":
+        return _kronecker(weight_shape, kronecker)
+    kernel = weight_shape[2:]
     if name == "matrix":
         rows, columns = weight_shape[0], prod(weight_shape[1:])
-        applies = len(weight_shape) == 2 or (len(weight_shape) == 4 and weight_shape[2:] == (1, 1))
+        applies = len(weight_shape) >= 2 and all(size == 1 for size in kernel)
         return Reshape(weight_shape, tuple(range(len(weight_shape))), (rows, columns)) if applies else None
-    if len(weight_shape) != 4:
+    if name == "channel":
+        plain = tuple(range(len(weight_shape)))
+        return Reshape(weight_shape, plain, (weight_shape[0], prod(weight_shape[1:]))) if kernel else None
+    return _spatial(name, weight_shape, transposed=transposed) if len(kernel) > 1 else None
+
+
+def _spatial(name: NamedReshape, weight_shape: tuple[int, ...], *, transposed: bool) -> Reshape:
+    """One axis of the kernel with the outputs, the others with the inputs: (n k₁) × (c k₂ …)."""
+    axes = list(range(2, len(weight_shape)))
+    wide = [axis for axis in axes if weight_shape[axis] > 1]
+    held = wide if len(wide) > 1 else axes
+    alone = held[0] if name == "spatial" else held[-1]
+    outputs, inputs = (
+        [1 if transposed else 0, alone],
+        [0 if transposed else 1, *(each for each in axes if each != alone)],
+    )
+    permute = (*inputs, *outputs) if transposed else (*outputs, *inputs)
+    p = prod(weight_shape[axis] for axis in (inputs if transposed else outputs))
+    return Reshape(weight_shape, permute, (p, prod(weight_shape) // p))
+
+
+def _kronecker(weight_shape: tuple[int, ...], factors: tuple[int, int] | None) -> Reshape | None:
+    """Σ Aₖ ⊗ Bₖ with Aₖ m₁×n₁; the axes of a kernel belong to Bₖ."""
+    if len(weight_shape) < 2:
         return None
-    n, c, kh, kw = weight_shape
-    permute, matrix = {
-        "channel": ((OUT, IN, HEIGHT, WIDTH), (n, c * kh * kw)),
-        "spatial": ((OUT, HEIGHT, IN, WIDTH), (n * kh, c * kw)),
-        "spatial_transposed": ((OUT, WIDTH, IN, HEIGHT), (n * kw, c * kh)),
-    }[name]
-    return Reshape(weight_shape, permute, matrix)
+    (m, n), kernel = weight_shape[:2], weight_shape[2:]
+    chosen = factors if factors is not None else best_kronecker(m, n, prod(kernel))
+    if chosen is None or m % chosen[0] or n % chosen[1]:
+        return None
+    (m_1, n_1), (m_2, n_2) = chosen, (m // chosen[0], n // chosen[1])
+    permute = (0, 2, 1, 3, *range(4, 4 + len(kernel)))
+    return Reshape((m_1, m_2, n_1, n_2, *kernel), permute, (m_1 * n_1, m_2 * n_2 * prod(kernel)))
+
+
+def best_kronecker(m: int, n: int, kernel: int = 1) -> tuple[int, int] | None:
+    """Return (m₁, n₁) with the fewest parameters per rank, m₁n₁ + m₂n₂·kernel, the most balanced of such.
+
+    None where every choice is one of the other reshapes: a Kronecker product has a part of both axes on both sides.
+    """
+    candidates = [(m_1, n_1) for m_1 in _divisors(m)[1:-1] for n_1 in _divisors(n)[1:-1]]
+
+    def unbalance(pair: tuple[int, int]) -> tuple[float, ...]:
+        m_1, n_1 = pair
+        apart = abs(log(m_1 * m_1 / m)) + abs(log(n_1 * n_1 / n))
+        return m_1 * n_1 + (m // m_1) * (n // n_1) * kernel, round(apart, 9), m_1, n_1
+
+    return min(candidates, key=unbalance, default=None)
 
 
 def _chunked(weight_shape: tuple[int, ...], chunks: int | str) -> Reshape | None:
@@ -212,19 +277,23 @@ def _chunked(weight_shape: tuple[int, ...], chunks: int | str) -> Reshape | None
 
 def best_chunks(longer: int, shorter: int) -> int | None:
     """Return the divisor s ≥ 2 of `longer` with the fewest parameters per rank, shorter·s + longer/s; None if prime."""
-    divisors = [d for low in range(1, isqrt(longer) + 1) if longer % low == 0 for d in (low, longer // low)]
-    candidates = sorted(s for s in divisors if 2 <= s < longer)
+    candidates = [s for s in _divisors(longer) if 2 <= s < longer]
     return min(candidates, key=lambda s: (shorter * s + longer // s, s), default=None)
 
 
-def reshape_of(term: LowRankTermSpec, weight_shape: tuple[int, ...]) -> Reshape | None:
+def _divisors(number: int) -> list[int]:
+    """Every divisor, rising."""
+    return sorted({d for low in range(1, isqrt(number) + 1) if number % low == 0 for d in (low, number // low)})
+
+
+def reshape_of(term: LowRankTermSpec, weight_shape: tuple[int, ...], *, transposed: bool = False) -> Reshape | None:
     """Make the reshape that a term of the spec asks for, or None where it does not apply to this weight."""
     if isinstance(term.reshape, GeneralReshape):
         general = term.reshape
         if prod(general.view) != prod(weight_shape):
             return None
         return Reshape(tuple(general.view), tuple(general.permute), (general.matrix[0], general.matrix[1]))
-    return named_reshape(term.reshape, weight_shape, term.chunks)
+    return named_reshape(term.reshape, weight_shape, term.chunks, transposed=transposed, kronecker=term.kronecker)
 
 
 def compose(left: Tensor, right: Tensor, reshape: Reshape, weight_shape: tuple[int, ...]) -> Tensor:
