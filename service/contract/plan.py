@@ -170,7 +170,7 @@ def _standing(rows: list[RankRow]) -> list[RankRow]:
 
 def _plan(facts: LayerFacts, rows: list[RankRow]) -> LayerPlan:
     kept = [row for row in rows if row.form is not Form.DENSE and (row.rank or 0) > 0]
-    form = Form.SUM if len(kept) > 1 else kept[0].form if kept else Form.DENSE
+    form = Form.SUM if len(kept) > 1 else kept[0].form if kept else _without_terms(rows)
     reason = _reason(rows, kept)
     return LayerPlan(
         **facts.model_dump(),
@@ -184,6 +184,11 @@ def _plan(facts: LayerFacts, rows: list[RankRow]) -> LayerPlan:
         terms=[_term(row, facts) for row in sorted(rows, key=lambda row: row.term) if row.form is not Form.DENSE],
         step=rows[0].step if rows else None,
     )
+
+
+def _without_terms(rows: list[RankRow]) -> Form:
+    """Dense, unless every term that was there has rank 0."""
+    return Form.BIAS_ALONE if rows and all(row.form is not Form.DENSE for row in rows) else Form.DENSE
 
 
 def _reason(rows: list[RankRow], kept: list[RankRow]) -> ReasonCode | None:

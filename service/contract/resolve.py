@@ -1,5 +1,7 @@
 """What a spec means once its own rules are applied: every `auto` that needs neither model nor data."""
 
+from functools import reduce
+from operator import getitem
 from typing import Any
 
 from service.contract.spec import JobSpec
@@ -11,9 +13,11 @@ def resolve_at_submit(spec: JobSpec) -> dict[str, Any]:
     The result is itself a valid spec, and resolving it again changes nothing.
     """
     resolved = spec.on_the_wire()
-    resolved["method"]["mu"]["growth"] = spec.method.mu.growth_factor
-    l_step_epochs = spec.method.mu.steps * spec.training.epochs_per_step
-    resolved["fine_tune"]["epochs"] = spec.fine_tune.resolved_epochs(l_step_epochs)
+    for path, value in spec.method.resolutions().items():
+        *parents, last = path.split(".")
+        reduce(getitem, parents, resolved["method"])[last] = value
+    epochs = spec.method.epochs_of_steps(spec.training.epochs_per_step)
+    resolved["fine_tune"]["epochs"] = spec.fine_tune.resolved_epochs(epochs)
     if spec.cost == "auto":
         resolved["cost"] = spec.cost_metric
     return resolved

@@ -1,6 +1,5 @@
 """The job spec, version 1: one meaning of what to do, with every default in one place."""
 
-from math import log10
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
@@ -9,7 +8,9 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 from service.contract.data_spec import DataSpec, ExampleInput
 from service.contract.errors import ErrorCode, FieldError, ProblemError
 from service.contract.layer_rule import LayerRule
-from service.contract.numbers import Auto, Magnitude, Positive
+from service.contract.learning_compression_spec import LearningCompressionSpec, MuSchedule
+from service.contract.method_specs import AnyMethod, MethodSpec, method_specs
+from service.contract.numbers import Auto, Positive
 from service.contract.objective_spec import Objective
 from service.contract.size_spec import Budget, CostWeights, Metric
 from service.contract.strict import StrictModel
@@ -34,49 +35,6 @@ __all__ = [
 
 Output = Literal["torchscript"]
 
-MU_RANGE = 700.0  # the last μ over the first, whatever the number of steps (methods L.7: 1.3^25)
-MU_ORDERS_MAX = 20
-
-
-class MuSchedule(StrictModel):
-    """The penalty weights μ₁ < μ₂ < … of the LC loop."""
-
-    initial: Magnitude | Auto = "auto"
-    growth: Annotated[float, Field(gt=1)] | Auto = "auto"
-    steps: int = Field(default=25, ge=1, le=1000)
-
-    @model_validator(mode="after")
-    def _ends_in_range(self) -> Self:
-        orders = log10(self.growth_factor) * (self.steps - 1) + (log10(self.initial) if self.initial != "auto" else 0.0)
-        if orders > MU_ORDERS_MAX:
-            raise PydanticCustomError(
-                "mu",
-                "mu would grow to 1e{orders}, above 1e{most}; lower growth, steps or initial",
-                {"orders": round(orders), "most": MU_ORDERS_MAX},
-            )
-        return self
-
-    @property
-    def growth_factor(self) -> float:
-        """The growth, with `auto` = 700^(1/(steps−1)): short runs cover the same range of μ."""
-        return self.growth if self.growth != "auto" else MU_RANGE ** (1 / max(self.steps - 1, 1))
-
-
-class CStepSpec(StrictModel):
-    """How the C step alternates over the terms of a sum."""
-
-    sweeps: Annotated[int, Field(ge=1, le=100)] | Auto = "auto"  # auto: until the decrease stalls
-
-
-class LearningCompressionSpec(StrictModel):
-    """The Learning-Compression method (methods L.1)."""
-
-    type: Literal["learning_compression"] = "learning_compression"
-    mu: MuSchedule = MuSchedule()
-    multipliers: bool = True
-    lambda_: Positive | None = Field(default=None, alias="lambda")  # per million units of the cost
-    c_step: CStepSpec = CStepSpec()
-
 
 class Deadlines(StrictModel):
     """How long a job may take, in seconds; null is the service's own limit.
@@ -99,7 +57,7 @@ class JobSpec(StrictModel):
     """What to do with a model. Only the size must be said: `{"budget": {"max_macs_fraction": 0.3}}`."""
 
     version: Literal[1] = 1
-    method: LearningCompressionSpec = LearningCompressionSpec()
+    method: Annotated[MethodSpec, AnyMethod] = LearningCompressionSpec()
     layers: list[LayerRule] = Field(default_factory=lambda: [LayerRule()], min_length=1)
     budget: Budget | None = None
     cost: Auto | Metric | CostWeights = "auto"
@@ -118,11 +76,11 @@ class JobSpec(StrictModel):
 
     @model_validator(mode="after")
     def _size_is_said(self) -> Self:
-        if self.budget is not None and self.method.lambda_ is not None:
+        if self.budget is not None and self.method.steers_size:
             raise PydanticCustomError(
                 "budget_and_lambda", "budget and method.lambda both steer the size; keep one and remove the other"
             )
-        if self.budget is None and self.method.lambda_ is None and not self.fixes_its_size:
+        if self.budget is None and not self.method.steers_size and not self.fixes_its_size:
             raise PydanticCustomError(
                 "SIZE_MISSING",
                 "the size is not said: give budget (for example {example}), or method.lambda, or a fixed rank for "
@@ -196,6 +154,7 @@ def _field_error(detail: ErrorDetails) -> FieldError:
         or (
             (part.islower() and part not in _UNION_TAGS and "[" not in part)
             and not (isinstance(before, int) and part in term_specs())
+            and not (before == "method" and part in method_specs())
         )
     ]
     if detail["type"] == "unknown_field":

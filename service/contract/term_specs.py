@@ -4,13 +4,12 @@ An entry point names a spec class that needs pydantic alone; the class names its
 worker loads when it meets the term. So the API knows, checks and describes a term without loading PyTorch.
 """
 
-from functools import cache
-from importlib.metadata import entry_points
 from typing import Any, ClassVar, Literal
 
 from pydantic import GetCoreSchemaHandler
-from pydantic_core import CoreSchema, core_schema
+from pydantic_core import CoreSchema
 
+from service.contract.registered import registered, union_schema
 from service.contract.strict import StrictModel
 
 Saving = Literal["params", "bytes"]
@@ -45,10 +44,9 @@ class TermSpec(StrictModel):
         return {"description": (cls.__doc__ or "").strip().partition("\n")[0]}
 
 
-@cache
 def term_specs() -> dict[str, type[TermSpec]]:
     """The spec class of every installed term, by its type."""
-    return {point.name: point.load() for point in sorted(entry_points(group=GROUP), key=lambda point: point.name)}
+    return registered(GROUP)
 
 
 class AnyTerm:
@@ -57,13 +55,4 @@ class AnyTerm:
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         """Tell terms apart by their type."""
-        return core_schema.tagged_union_schema(
-            {name: handler.generate_schema(spec) for name, spec in term_specs().items()},
-            discriminator=_type_of,
-            custom_error_type="term_type",
-            custom_error_message=f"a term's type is one of {', '.join(term_specs())}",
-        )
-
-
-def _type_of(value: Any) -> Any:
-    return value.get("type", DEFAULT) if isinstance(value, dict) else getattr(value, "type", None)
+        return union_schema(GROUP, DEFAULT, "term", handler)

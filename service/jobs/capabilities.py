@@ -1,10 +1,11 @@
 """What this service can do."""
 
-from importlib.metadata import entry_points, version
-from typing import Any, get_args
+from importlib.metadata import version
+from typing import get_args
 
 from service.contract.errors import ErrorCode, title_of
 from service.contract.layer_rule import LayerRule
+from service.contract.method_specs import method_specs
 from service.contract.plan import REASON_MEANINGS
 from service.contract.resources import Capabilities
 from service.contract.schemas import spec_schema
@@ -13,8 +14,6 @@ from service.contract.term_specs import term_specs
 from service.jobs.files import DATA_FORMATS
 from service.services import Services
 from service.store import workers
-
-METHODS = "rankpress.methods"
 
 
 def read_capabilities(services: Services) -> Capabilities:
@@ -25,7 +24,7 @@ def read_capabilities(services: Services) -> Capabilities:
     devices = {kind for worker in known for kind, present in worker.devices.items() if present} | {"cpu"}
     return Capabilities(
         version=version("rankpress"),
-        methods=_registered(METHODS),
+        methods=list(method_specs()),
         terms=[{"type": name, **spec.abilities()} for name, spec in term_specs().items()],
         layer_kinds=_layer_kinds(),
         outputs=list(get_args(Output)),
@@ -42,10 +41,6 @@ def read_capabilities(services: Services) -> Capabilities:
         error_codes={code.value: title_of(code) for code in ErrorCode},
         spec_schema=spec_schema(),
     )
-
-
-def _registered(group: str) -> list[str]:
-    return sorted({point.name for point in entry_points(group=group)})
 
 
 def _layer_kinds() -> list[str]:

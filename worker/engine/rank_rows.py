@@ -97,7 +97,7 @@ def _term_row(step: int, layer: str, index: int, choice: TermChoice, theta: Any)
         params=counts.params,
         macs=counts.macs,
         bits=counts.bits,
-        details=choice.term.details(theta) if theta.units > 0 else {},
+        details={**choice.term.details(theta), "macs_stay": choice.term.composed} if theta.units > 0 else {},
         reason=selected if theta.units > 0 else ReasonCode.RANK_ZERO,
     )
 

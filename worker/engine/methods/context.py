@@ -74,6 +74,11 @@ class Context:
     def __post_init__(self) -> None:
         self.position = 0 if self.saved is None else self.saved.state["position"]
 
+    @property
+    def epochs_of_steps(self) -> int:
+        """Epochs before the factored network is trained."""
+        return self.spec.method.epochs_of_steps(self.spec.training.epochs_per_step)
+
     def copy(self) -> torch.jit.ScriptModule:
         """Load a fresh copy of the reference on the device."""
         return load_model(self.source, self.device)

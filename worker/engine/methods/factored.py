@@ -190,10 +190,10 @@ def _train(context: Context, tuning: Tuning, meter: ProgressMeter, epochs: int) 
     if tuning.saved is not None:
         course.load(tuning.saved)
         tuning.saved = None
-    done = context.spec.method.mu.steps * context.spec.training.epochs_per_step
+    done = context.epochs_of_steps
 
     def after_update() -> None:
-        meter.pass_by(context.spec.method.mu.steps, done + course.epochs_done)
+        meter.pass_by(context.spec.method.step_count, done + course.epochs_done)
         context.after_update("fine_tune", course, save)
 
     patience = max(PATIENCE_EPOCHS_MIN, round(epochs * PATIENCE_SHARE))
@@ -209,7 +209,7 @@ def _train(context: Context, tuning: Tuning, meter: ProgressMeter, epochs: int) 
             context.observer.event(EventKind.WARNING, {"code": "FINE_TUNE_DIVERGED", "message": message})
             break
         _score(context, tuning, course.place.loss)
-        meter.reach(context.spec.method.mu.steps, done + tuning.epoch, loss=course.place.loss)
+        meter.reach(context.spec.method.step_count, done + tuning.epoch, loss=course.place.loss)
         context.checkpoint(save)
 
 
@@ -265,7 +265,7 @@ def _save(context: Context, tuning: Tuning) -> Saved:
     tensors = {f"best.{name}": tensor for name, tensor in tuning.best.items()}
     for name, tensor in live(state_in_place(tuning.module), tuning.recipe).items():
         tensors[f"network.{name}"] = tensor
-    done = context.spec.method.mu.steps * context.spec.training.epochs_per_step
+    done = context.epochs_of_steps
     state: dict[str, Any] = {
         "stage": STAGE,
         "step": tuning.step,

@@ -51,8 +51,7 @@ class LearningCompression:
         """Compress; without data, by one C step on the reference (direct compression)."""
         if context.dataset is None:
             return self._direct(context)
-        method = context.spec.method
-        epochs = method.mu.steps * context.spec.training.epochs_per_step
+        method, epochs = settings_of(context), context.epochs_of_steps
         tuning = context.spec.fine_tune.resolved_epochs(epochs)
         context.observer.phase(Phase.LEARNING)
         saved = context.saved
@@ -89,7 +88,7 @@ def _begin(context: Context) -> Loop:
     """Start from the reference; Θ is its direct compression, or 0 in the literal mode."""
     module = context.copy()
     weights = weights_of(context, module)
-    mu_given = context.spec.method.mu.initial
+    mu_given = settings_of(context).mu.initial
     guess = 1.0 if mu_given == "auto" else mu_given
     pressure, made = _steered(context, weights, _pressure_given(context, guess), guess)
     rate = context.spec.training.optimizer.lr
@@ -101,7 +100,7 @@ def _begin(context: Context) -> Loop:
     if context.limit is None:
         pressure = _pressure_given(context, mu_first) or 0.0
         made = project_all(context.network, weights, pressure, None, None, mu=mu_first)
-    if _literal(context.spec.method):
+    if _literal(settings_of(context)):
         made = [
             Projection(tuple(thetas), float(w.detach().double().square().sum()), 0.0, 0)
             for thetas, w in zip(nothing_yet(context.network, weights), weights, strict=True)
@@ -135,7 +134,7 @@ def _step(context: Context, loop: Loop, meter: ProgressMeter) -> None:
         EventKind.STEP,
         {
             "step": loop.step + 1,
-            "total_steps": context.spec.method.mu.steps,
+            "total_steps": settings_of(context).mu.steps,
             "mu": mu,
             "lambda": pressure * mu / 2,
             "loss": loss,
@@ -153,7 +152,7 @@ def _step(context: Context, loop: Loop, meter: ProgressMeter) -> None:
 
 def _l_step(context: Context, loop: Loop, l_step: LStep, mu: float, meter: ProgressMeter) -> tuple[float, float]:
     """Train L(W) + (μ/2)‖W − Θ − β/μ‖²; a step that diverges is repeated from its start at half the rate."""
-    save, steps = partial(save_loop, context, loop), context.spec.method.mu.steps
+    save, steps = partial(save_loop, context, loop), settings_of(context).mu.steps
     while l_step.repeats <= RETRIES_MAX:
         penalty = _penalty(context, loop, mu)
         rate = step_rate(loop.rate * loop.rate_scale, loop.step, steps, mu)
@@ -195,7 +194,7 @@ def _c_step(context: Context, loop: Loop, targets: Sequence[Tensor], mu: float) 
 
     Where ranks are held within the budget the alternation runs until it stalls, whatever the spec's number of sweeps.
     """
-    method, network = context.spec.method, context.network
+    method, network = settings_of(context), context.network
 
     def after_layer(done: int, total: int) -> None:  # nothing of the loop has changed yet since its L step
         if context.observer.pulse("c_step", done, total):
@@ -227,7 +226,7 @@ def _update_multipliers(context: Context, loop: Loop, mu: float) -> float:
             weight = loop.weights[index]
             difference = weight - composed(problem, made.factors).to(weight.dtype)
             distance += float(difference.square().sum())
-            if context.spec.method.multipliers:
+            if settings_of(context).multipliers:
                 loop.multipliers[index].sub_(difference, alpha=mu)
     return distance
 
@@ -261,7 +260,7 @@ def _mu_first(context: Context, weights: Sequence[Tensor], rate: float) -> float
     training = context.spec.training
     updates = -(-context.dataset.size("train") // training.batch_size) * training.epochs_per_step
     mu = PULL_FIRST * (1 - training.optimizer.momentum) / (updates * rate)
-    given = context.spec.method.lambda_
+    given = settings_of(context).lambda_
     if given is None:
         return mu
     total = sum(_norms(weights))
@@ -299,7 +298,7 @@ def _last_targets(context: Context, loop: Loop) -> list[Tensor]:
     mu = _mu(context, loop, loop.step - 1)
     return [
         weight.detach()
-        if made.dense or not context.spec.method.multipliers
+        if made.dense or not settings_of(context).multipliers
         else composed(problem, made.factors).to(weight.dtype) - multiplier / mu
         for problem, weight, made, multiplier in zip(
             context.network.problems, loop.weights, loop.projections, loop.multipliers, strict=True
@@ -308,12 +307,18 @@ def _last_targets(context: Context, loop: Loop) -> list[Tensor]:
 
 
 def _mu(context: Context, loop: Loop, step: int) -> float:
-    return loop.mu_first * context.spec.method.mu.growth_factor ** max(step, 0)
+    return loop.mu_first * settings_of(context).mu.growth_factor ** max(step, 0)
 
 
 def _pressure_given(context: Context, mu: float) -> float | None:
-    given = context.spec.method.lambda_
+    given = settings_of(context).lambda_
     return None if given is None else 2 * given / mu
+
+
+def settings_of(context: Context) -> LearningCompressionSpec:
+    """Read the method's own part of the spec."""
+    assert isinstance(context.spec.method, LearningCompressionSpec)  # noqa: S101  registered for this spec
+    return context.spec.method
 
 
 def _literal(method: LearningCompressionSpec) -> bool:

@@ -1,29 +1,19 @@
 """Methods by the type of their spec, found through the entry points ``rankpress.methods``."""
 
-from functools import cache
-from importlib.metadata import entry_points
+from importlib import import_module
 
+from service.contract.method_specs import method_specs
 from worker.engine.methods.context import Method
-
-GROUP = "rankpress.methods"
-
-
-@cache
-def method_names() -> tuple[str, ...]:
-    """Names of every installed method."""
-    return tuple(sorted({point.name for point in entry_points(group=GROUP)}))
 
 
 def method_for(name: str) -> Method:
-    """Make the method of a name.
+    """Make the method of a type.
 
     Raises
     ------
     KeyError
-        No installed package registers the name.
+        No installed package registers the type.
     """
-    for point in entry_points(group=GROUP):
-        if point.name == name:
-            made: Method = point.load()()
-            return made
-    raise KeyError(name)
+    module, _, found = method_specs()[name].engine.partition(":")
+    made: Method = getattr(import_module(module), found)()
+    return made
