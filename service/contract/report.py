@@ -1,12 +1,13 @@
 """The report of a finished job: what was measured, on which data, and what each layer became."""
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
 from service.contract.plan import LayerPlan
 
 CONFIDENCE = 0.95
+Verdict = Literal["better", "worse", "unclear"]
 LATENCY_SLOWER_RATIO = 1.05  # less than that is noise
 
 
@@ -42,6 +43,9 @@ class PairedDifference(_Part):
     high: float
     confidence: float = CONFIDENCE
     samples: int
+    unit_samples: int = 1  # samples in one of the independent units that the interval is of
+    higher_is_better: bool | None = None
+    verdict: Verdict | None = None  # "unclear" where the interval holds 0
 
 
 class Fidelity(_Part):
@@ -89,7 +93,8 @@ class Report(_Part):
     params_fraction: float
     macs_fraction: float
     file_bytes_fraction: float
-    metric_name: str | None = None  # "accuracy", "mse" or "relative_output_error"
+    metric_name: str | None = None  # "accuracy", "mse", …; a loss module's own, or "loss" where it has none
+    higher_is_better: bool | None = None  # of the metric
     report_part: str | None = None  # "test", "report" or None: where the scores come from
     report_samples: int = 0
     differences: list[PairedDifference] = []

@@ -59,7 +59,7 @@ def test_batches_that_do_not_fit_are_halved(
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
         return (net(*inputs),)
 
-    monkeypatch.setattr(evaluation, "call", small)
+    monkeypatch.setattr(evaluation, "call_nested", small)
     halved = evaluate(module, dataset, "report", objective, teacher, CPU)
     assert sizes[:3] == [256, 128, 64]
     np.testing.assert_allclose(halved.losses, whole.losses, rtol=1e-5)

@@ -34,12 +34,12 @@ def test_cross_entropy() -> None:
     y, target = randn(9, 5), torch.arange(9) % 5
     made = objective(distillation=0.0)
     assert made.loss([y], [target], None) == pytest.approx(float(F.cross_entropy(y, target)))
-    losses, metrics = made.scores([y], [target], None)
+    losses, metrics = made.scores([y], [target], None)[:2]
     assert torch.allclose(losses, F.cross_entropy(y, target, reduction="none").double())
     assert metrics.tolist() == [float(right) for right in y.argmax(1) == target]
     assert losses.dtype == metrics.dtype == torch.float64
     assert not made.needs_teacher
-    assert made.metric_name == "accuracy"
+    assert made.metric.name == "accuracy"
 
 
 @pytest.mark.parametrize(("class_dim", "shape"), [(1, (6, 5, 4, 3)), (-1, (6, 4, 3, 5)), (2, (6, 4, 5, 3))])
@@ -50,7 +50,7 @@ def test_classes_along_any_axis(class_dim: int, shape: tuple[int, ...]) -> None:
     made.check([y], data(np.zeros((20, *target.shape[1:]), np.int64)))
     logits = y.movedim(class_dim, 1)
     assert float(made.loss([y], [target], None)) == pytest.approx(float(F.cross_entropy(logits, target)))
-    losses, metrics = made.scores([y], [target], None)
+    losses, metrics = made.scores([y], [target], None)[:2]
     assert torch.allclose(losses, F.cross_entropy(logits, target, reduction="none").flatten(1).mean(1).double())
     assert torch.allclose(metrics, (logits.argmax(1) == target).double().flatten(1).mean(1))
     teacher = randn(*shape, seed=1)
@@ -82,7 +82,7 @@ def test_mse_and_its_scores() -> None:
     made = objective(loss="mse", distillation=0.0)
     made.check([y], data(np.zeros(20, np.float32)))
     assert float(made.loss([y], [target], None)) == pytest.approx(float(F.mse_loss(y[:, 0], target)))
-    losses, metrics = made.scores([y], [target], None)
+    losses, metrics = made.scores([y], [target], None)[:2]
     assert torch.allclose(losses, (y[:, 0] - target).square().double())
     assert torch.equal(losses, metrics)
 
@@ -105,7 +105,7 @@ def test_ignored_positions_and_samples_count_for_nothing() -> None:
     made = objective(ignore_index=-1, distillation=0.0)
     made.check([y], data(np.where(np.arange(60).reshape(20, 3) % 4, 1, -1)))
     assert float(made.loss([y], [target], None)) == pytest.approx(float(F.cross_entropy(y, target, ignore_index=-1)))
-    losses, metrics = made.scores([y], [target], None)
+    losses, metrics = made.scores([y], [target], None)[:2]
     assert losses.isnan().tolist() == metrics.isnan().tolist() == [False, True, False, False]
     assert float(losses[0]) == pytest.approx(float(F.cross_entropy(y[:1, :, :2], target[:1, :2])), rel=1e-5)
     assert float(metrics[3]) == float(y[3, :, 1].argmax() == 0)

@@ -9,6 +9,7 @@ from torch import Tensor
 from service.contract.report import PairedDifference
 from worker.engine.data import Dataset
 from worker.engine.evaluation import evaluate, paired_difference
+from worker.engine.metrics import UnitScores, each_sample
 from worker.engine.objective import Objective
 from worker.engine.teacher import Teacher
 
@@ -54,10 +55,10 @@ class _Agreement(Objective):
         outputs: Sequence[Tensor],
         targets: Sequence[Tensor],  # noqa: ARG002  there are none
         teacher: Sequence[Tensor] | None,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> UnitScores:
         """Agreement of each sample, ``(B,)`` float64, twice."""
         assert teacher is not None  # noqa: S101  an objective without targets has one
         same = same_answers(outputs[0], teacher[0], self.spec.class_dim)
         if same is None:
             same = torch.full((len(outputs[0]),), float("nan"), dtype=torch.float64)
-        return same, same
+        return each_sample(same, same)

@@ -1,6 +1,7 @@
 """Scores of a network on a part of the data, paired differences with their intervals, and latency."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from math import sqrt
 from statistics import median
@@ -14,32 +15,71 @@ from torch import Tensor
 from service.contract.errors import ErrorCode, ProblemError
 from service.contract.report import CONFIDENCE, Latency, PairedDifference
 from worker.engine.data import Dataset, PartName
-from worker.engine.forward import call, out_of_memory
+from worker.engine.forward import call, call_nested, out_of_memory
+from worker.engine.metrics import Metric, UnitScores
 from worker.engine.objective import Objective
+from worker.engine.objective_module import NotSeparableError
 from worker.engine.teacher import Teacher
 
 LATENCY_REPEATS = (5, 50)  # least and most timed passes
 LATENCY_SECONDS = 1.0  # of timed passes, between those bounds
 EVALUATION_BATCH_SIZE = 256
+UNITS_MAX = 1024  # scores of a part are kept of each sample up to here, beyond of groups of samples
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Task loss and metric of each sample, float64, and the mean of the whole objective."""
+    """Scores of the units of a part, which are its samples or groups of them, and the mean of the whole objective.
+
+    Parameters
+    ----------
+    losses : ndarray
+        ``(n,)`` float64 mean task loss of each unit.
+    sums, counts : ndarray
+        ``(n,)`` float64 of the metric.
+    samples : ndarray
+        ``(n,)`` float64 samples of each unit.
+    objective : float
+        Mean over the part.
+    metric_of : Metric
+        What the metric is.
+    """
 
     losses: np.ndarray
-    metrics: np.ndarray
+    sums: np.ndarray
+    counts: np.ndarray
+    samples: np.ndarray
     objective: float
+    metric_of: Metric
 
     @property
     def loss(self) -> float:
-        """Mean task loss."""
-        return float(self.losses.mean())
+        """Mean task loss of a sample."""
+        return float((self.losses * self.samples).sum() / self.samples.sum())
 
     @property
     def metric(self) -> float:
-        """Mean metric."""
-        return float(self.metrics.mean())
+        """Value of the metric over the part."""
+        ratio = float(self.sums.sum() / self.counts.sum())
+        return ratio if self.metric_of.value_of is None else self.metric_of.value_of(ratio)
+
+    @property
+    def metrics(self) -> np.ndarray:
+        """``(n,)`` metric of each unit, before its `value_of`."""
+        made: np.ndarray = self.sums / self.counts
+        return made
+
+    def influences(self) -> np.ndarray:
+        """``(n,)`` what each unit adds to n times the metric, to first order around its value.
+
+        The metric is g(S/C) with S = Σ sums and C = Σ counts; its linearization has the influence function
+        g(S/C) + g'(S/C)·(sᵢ − (S/C)·cᵢ)/c̄ (Särndal, Swensson and Wretman, Model Assisted Survey Sampling, 5.6). With
+        equal counts and no g these are the units' metrics.
+        """
+        ratio = self.sums.sum() / self.counts.sum()
+        slope = 1.0 if self.metric_of.slope_of is None else self.metric_of.slope_of(float(ratio))
+        made: np.ndarray = self.metric + slope * (self.sums - ratio * self.counts) / self.counts.mean()
+        return made
 
 
 def evaluate(
@@ -61,32 +101,53 @@ def evaluate(
     """
     was_training = module.training
     module.eval()
-    losses, metrics, total = [], [], 0.0
-    count, start, size = dataset.size(part), 0, EVALUATION_BATCH_SIZE
+    made: list[UnitScores] = []
+    total, start, count = 0.0, 0, dataset.size(part)
+    size = objective.forward_size(EVALUATION_BATCH_SIZE, count)
+    # Only the report tells samples apart; elsewhere a unit is as large as a batch.
+    unit = -(-count // UNITS_MAX) if part == "report" else count
     while start < count:
-        rows = np.arange(start, min(start + size, count))
+        rows = np.arange(start, start + objective.take(size, count - start))
         try:
             with torch.no_grad():
-                loss, metric, mean = _score(module, dataset, part, rows, objective, teacher, device)
+                scores, mean = _score(module, dataset, part, rows, objective, teacher, device, unit)
         except (RuntimeError, MemoryError) as error:
             if size == 1 or not out_of_memory(error):
                 raise
             size //= 2
             continue
-        losses.append(loss)
-        metrics.append(metric)
+        made.append(scores)
         total += mean * len(rows)
         start += len(rows)
     module.train(was_training)
-    losses_, metrics_ = np.concatenate(losses), np.concatenate(metrics)
-    counted = ~np.isnan(metrics_) if objective.loss_name == "cross_entropy" else np.full(count, fill_value=True)
-    if not counted.any():
+    joined = UnitScores(*(torch.cat(each) for each in zip(*made, strict=True)))
+    counted = ~torch.isnan(joined.counts)
+    if not bool(counted.any()):
         raise ProblemError(
             ErrorCode.DATASET_INVALID,
             f"every sample of the {part} part is left out by objective.ignore_index {objective.spec.ignore_index}; "
             "give targets for some of them",
         )
-    return Scores(losses_[counted], metrics_[counted], total / count)
+    losses, sums, counts, samples = (each[counted].numpy() for each in joined)
+    return Scores(losses, sums, counts, samples, total / count, objective.metric)
+
+
+def evaluate_pair(
+    compressed: torch.jit.ScriptModule,
+    reference: torch.jit.ScriptModule,
+    dataset: Dataset,
+    objective: Objective,
+    teacher: Teacher | None,
+    device: torch.device,
+) -> tuple[Scores, Scores]:
+    """Score two networks on the report part, in the same units."""
+    for _ in range(2):  # an objective that cannot be had of single samples is found to be so at most once
+        with suppress(NotSeparableError):
+            found, wanted = (
+                evaluate(module, dataset, "report", objective, teacher, device) for module in (compressed, reference)
+            )
+            return found, wanted
+    raise NotSeparableError
 
 
 def _score(
@@ -97,12 +158,44 @@ def _score(
     objective: Objective,
     teacher: Teacher | None,
     device: torch.device,
-) -> tuple[np.ndarray, np.ndarray, float]:
+    unit: int,
+) -> tuple[UnitScores, float]:
     batch = dataset.rows(part, rows, device)
     wanted = teacher.outputs(part, rows, batch) if teacher is not None else None
-    outputs = call(module, batch.inputs)
-    loss, metric = objective.scores(outputs, batch.targets, wanted)
-    return loss.cpu().numpy(), metric.cpu().numpy(), float(objective.loss(outputs, batch.targets, wanted))
+    outputs = call_nested(module, batch.inputs)
+    scores = objective.batch_scores(outputs, batch, wanted, unit)
+    return UnitScores(*(each.cpu() for each in scores)), float(objective.batch_loss(outputs, batch, wanted))
+
+
+def metric_difference(compressed: Scores, reference: Scores) -> PairedDifference:
+    """Metric of the compressed network less the reference's, with its interval and what that says."""
+    metric = compressed.metric_of
+    plain = metric.value_of is None and all(np.all(each.counts == each.counts[0]) for each in (compressed, reference))
+    pairs = (compressed.metrics, reference.metrics) if plain else (compressed.influences(), reference.influences())
+    return judged(paired_difference(metric.name, *pairs), compressed, higher_is_better=metric.higher_is_better)
+
+
+def loss_difference(compressed: Scores, reference: Scores) -> PairedDifference:
+    """Task loss of the compressed network less the reference's, with its interval and what that says."""
+    share = compressed.samples / compressed.samples.mean()
+    pair = (each.loss + share * (each.losses - each.loss) for each in (compressed, reference))
+    found = paired_difference("loss", *pair)
+    return judged(found, compressed, higher_is_better=False)
+
+
+def judged(found: PairedDifference, scores: Scores, *, higher_is_better: bool) -> PairedDifference:
+    """Say whether a difference is for the better: clear where its interval does not hold 0."""
+    low, high = (found.low, found.high) if higher_is_better else (-found.high, -found.low)
+    verdict = "better" if low > 0 else "worse" if high < 0 else "unclear"
+    samples = int(scores.samples.sum())
+    return found.model_copy(
+        update={
+            "higher_is_better": higher_is_better,
+            "verdict": verdict,
+            "samples": samples,
+            "unit_samples": -(-samples // len(scores.samples)),
+        }
+    )
 
 
 def paired_difference(name: str, compressed: np.ndarray, reference: np.ndarray) -> PairedDifference:
@@ -114,7 +207,7 @@ def paired_difference(name: str, compressed: np.ndarray, reference: np.ndarray) 
     Parameters
     ----------
     compressed, reference : ndarray
-        ``(n,)`` per-sample scores.
+        ``(n,)`` scores of the units: samples, or groups of them.
     """
     differences = compressed - reference
     count = len(differences)

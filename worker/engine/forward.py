@@ -1,6 +1,6 @@
 """One call of a network that may be anybody's: its outputs as a flat tuple, its failures as problems."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from service.contract.errors import ErrorCode, ProblemError
 
 _MESSAGE_CHARACTERS_MAX = 1200
 # What a forward raises by a `raise` of its own is torch.jit.Error, which is none of Python's own kinds.
-_RAISED = (torch.jit.Error, RuntimeError, ValueError, TypeError, LookupError, AssertionError)
+RAISED = (torch.jit.Error, RuntimeError, ValueError, TypeError, LookupError, AssertionError)
 
 
 def call(module: torch.jit.ScriptModule, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -29,12 +29,16 @@ def call_nested(module: torch.jit.ScriptModule, inputs: Sequence[Tensor]) -> Any
     """
     try:
         return module(*inputs)
-    except _RAISED as error:
+    except RAISED as error:
         if out_of_memory(error):
             raise
         shapes = ", ".join(f"{tuple(x.shape)} {str(x.dtype).removeprefix('torch.')}" for x in inputs)
-        message = str(error).strip()[-_MESSAGE_CHARACTERS_MAX:]
-        raise ProblemError(ErrorCode.MODEL_RAISED, f"forward raised for inputs {shapes}: {message}") from None
+        raise ProblemError(ErrorCode.MODEL_RAISED, f"forward raised for inputs {shapes}: {message_of(error)}") from None
+
+
+def message_of(error: BaseException) -> str:
+    """The end of what a network's own code raised."""
+    return str(error).strip()[-_MESSAGE_CHARACTERS_MAX:]
 
 
 def flatten(raw: Any) -> tuple[Tensor, ...]:
@@ -51,6 +55,18 @@ def flatten(raw: Any) -> tuple[Tensor, ...]:
         ErrorCode.MODEL_UNSUPPORTED,
         f"forward returned a {type(raw).__name__}; expected tensors, or tuples, lists or dicts of tensors",
     )
+
+
+def map_tensors(raw: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """Change every tensor of a nested output and keep its structure."""
+    if isinstance(raw, Tensor):
+        return change(raw)
+    if isinstance(raw, dict):
+        return {key: map_tensors(value, change) for key, value in raw.items()}
+    if isinstance(raw, (tuple, list)):
+        made = [map_tensors(value, change) for value in raw]
+        return made if isinstance(raw, list) else type(raw)(*made) if hasattr(raw, "_fields") else tuple(made)
+    return raw
 
 
 def names_of(raw: Any, prefix: str = "") -> list[str]:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from functools import reduce
 from operator import add
-from typing import Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -11,8 +11,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from service.contract.errors import ErrorCode, ProblemError
+from service.contract.objective_spec import METRICS_OF_LOSS
 from service.contract.spec import Objective as ObjectiveSpec
-from worker.engine.data import Dataset
+from worker.engine.data import Batch, Dataset
+from worker.engine.forward import flatten
+from worker.engine.metrics import TOP, Metric, UnitScores, class_scores, each_sample, metric_of, square_scores
 
 Loss = Literal["cross_entropy", "mse", "distillation"]
 _CHECK_ROWS = 65536
@@ -34,16 +37,47 @@ class Objective:
     """
 
     def __init__(self, spec: ObjectiveSpec, positions: Sequence[int] | None = None) -> None:
-        if spec.loss == "auto":
+        if spec.loss == "auto" or spec.module is not None:
             raise ValueError("the loss must be resolved first")
-        self.loss_name: Loss = spec.loss
+        self.loss_name = cast("Loss", spec.loss)
         self.spec = spec
         self._positions = positions
         self._some_left_out = True  # until `check` has seen that no target is `ignore_index`
         self.needs_teacher = spec.distillation > 0 or spec.loss == "distillation"
-        self.metric_name = {"cross_entropy": "accuracy", "mse": "mse", "distillation": "relative_output_error"}[
-            self.loss_name
-        ]
+        self.metric: Metric = metric_of(spec)
+        self._peak = spec.peak
+
+    @property
+    def resolved(self) -> dict[str, Any]:
+        """What the resolved spec says of it."""
+        known = self.metric.name in METRICS_OF_LOSS[self.loss_name]
+        return {"loss": self.loss_name, "metric": self.metric.name if known else "auto"}
+
+    def batch_loss(self, raw: Any, batch: Batch, teacher: Sequence[Tensor] | None) -> Tensor:
+        """Mean over the batch of the whole objective; a scalar.
+
+        Parameters
+        ----------
+        raw : Any
+            What `forward` gave, in its own structure.
+        batch : Batch
+            Inputs and targets.
+        teacher : sequence of Tensor or None
+            The reference's outputs, flat.
+        """
+        return self.loss(flatten(raw), batch.targets, teacher)
+
+    def batch_scores(self, raw: Any, batch: Batch, teacher: Sequence[Tensor] | None, unit: int) -> UnitScores:  # noqa: ARG002
+        """Scores of the batch's units of `unit` samples, the last one perhaps of fewer; here of each sample."""
+        return self.scores(flatten(raw), batch.targets, teacher)
+
+    def forward_size(self, most: int, samples: int) -> int:  # noqa: ARG002
+        """Samples of one forward pass where a part with so many is scored."""
+        return most
+
+    def take(self, size: int, left: int) -> int:
+        """Samples of the next forward pass of at most `size`, where `left` are to be scored."""
+        return min(size, left)
 
     def loss(self, outputs: Sequence[Tensor], targets: Sequence[Tensor], teacher: Sequence[Tensor] | None) -> Tensor:
         """Mean over the batch of the whole objective; a scalar."""
@@ -61,24 +95,22 @@ class Objective:
 
     def scores(
         self, outputs: Sequence[Tensor], targets: Sequence[Tensor], teacher: Sequence[Tensor] | None
-    ) -> tuple[Tensor, Tensor]:
-        """Task loss and metric of each sample, ``(B,)`` float64 both: accuracy, squared error, or relative error.
+    ) -> UnitScores:
+        """Task loss and metric of each sample; one that `ignore_index` leaves out altogether has a loss of NaN.
 
-        A sample that `ignore_index` leaves out altogether has NaN for both.
+        With several targets losses add up, and metrics are their mean.
         """
         if self.loss_name == "distillation":
             errors = torch.stack(_relative_errors(outputs, teacher)).mean(dim=0)
-            return errors.double(), errors.double()
-        losses, metrics = [], []
-        for index, target in enumerate(targets):
-            loss, metric = (
-                self._class_scores(outputs[self._place(index)], target)
-                if self.loss_name == "cross_entropy"
-                else _square_scores(outputs[self._place(index)], target)
-            )
-            losses.append(loss)
-            metrics.append(metric)
-        return torch.stack(losses).sum(dim=0).double(), torch.stack(metrics).mean(dim=0).double()
+            return each_sample(errors, errors)
+        made = [self._target_scores(outputs[self._place(index)], target) for index, target in enumerate(targets)]
+        losses, metrics, counts = (torch.stack(each) for each in zip(*made, strict=True))
+        return each_sample(losses.sum(dim=0), metrics.mean(dim=0), counts.mean(dim=0))
+
+    def _target_scores(self, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if self.loss_name == "cross_entropy":
+            return class_scores(output, target, self.spec, self.metric)
+        return square_scores(output, target, self._peak or 1.0, self.metric)
 
     def check(self, outputs: Sequence[Tensor], dataset: Dataset) -> None:
         """Hold the outputs of a first forward against the targets of the whole dataset.
@@ -103,6 +135,8 @@ class Objective:
         if matched:
             return
         self._some_left_out = False
+        if self.metric.name == "psnr" and self._peak is None:
+            self._peak = _range(dataset.part("train").targets)
         for part in ("train", "select", "report"):
             for index, array in enumerate(dataset.part(part).targets):
                 self._check_target(dataset.target_names[index], outputs[self._place(index)], array)
@@ -123,6 +157,12 @@ class Objective:
                 "one of its axes after the first, which counts samples",
             )
         classes = output.shape[class_dim]
+        if self.metric.name == "top5" and classes <= TOP:
+            raise ProblemError(
+                ErrorCode.SPEC_INVALID,
+                f"objective.metric is 'top5' and the network has {classes} classes, so every answer would be right; "
+                "use 'accuracy'",
+            )
         expected = [size for axis, size in enumerate(output.shape) if axis != class_dim][1:]
         if list(array.shape[1:]) != expected:
             raise _misfit(name, output, array.shape, f"one class for each position: rows of shape {tuple(expected)}")
@@ -156,19 +196,6 @@ class Objective:
         divergence = functional.kl_div(student, wanted, reduction="sum", log_target=True)
         return divergence * (temperature**2 * output.shape[axis] / output.numel())
 
-    def _class_scores(self, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        logits = output.movedim(self.spec.class_dim, 1)
-        counted = (
-            (target != self.spec.ignore_index).flatten(1)
-            if target.dim() > 1
-            else (target != self.spec.ignore_index)[:, None]
-        )
-        losses = functional.cross_entropy(logits, target, ignore_index=self.spec.ignore_index, reduction="none")
-        right = logits.argmax(dim=1) == target
-        positions = counted.sum(dim=1)  # 0 gives 0/0: NaN says that the sample is left out
-        loss = (losses.reshape(len(target), -1) * counted).sum(dim=1) / positions
-        return loss, (right.reshape(len(target), -1) & counted).sum(dim=1) / positions
-
 
 def resolve_loss(spec: ObjectiveSpec, dataset: Dataset | None) -> Loss:
     """Resolve `auto`: whole-number targets mean classes, floating-point targets numbers, none distillation."""
@@ -188,7 +215,7 @@ def resolve_loss(spec: ObjectiveSpec, dataset: Dataset | None) -> Loss:
         raise ProblemError(
             ErrorCode.DATASET_INVALID, "objective.loss is cross_entropy but the targets are not whole numbers (classes)"
         )
-    return spec.loss
+    return cast("Loss", spec.loss)
 
 
 def pair_targets(target_names: Sequence[str], prefix: str, output_names: Sequence[str]) -> list[int] | None:
@@ -226,10 +253,16 @@ def _relative_error(output: Tensor, reference: Tensor) -> Tensor:
     return per_sample / reference.square().mean().clamp_min(torch.finfo(reference.dtype).tiny)
 
 
-def _square_scores(output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    square = (output - target.reshape(output.shape).to(output.dtype)).square()
-    error = square.reshape(len(output), -1).mean(dim=1)
-    return error, error
+def _range(arrays: Sequence[np.ndarray]) -> float:
+    """Largest less smallest value of some arrays, block by block."""
+    blocks = [array[at : at + _CHECK_ROWS] for array in arrays for at in range(0, len(array), _CHECK_ROWS)]
+    width = max(float(np.max(block)) for block in blocks) - min(float(np.min(block)) for block in blocks)
+    if not width > 0:
+        raise ProblemError(
+            ErrorCode.DATASET_INVALID,
+            "objective.metric is 'psnr' and all targets have one value, so there is no range; give objective.peak",
+        )
+    return width
 
 
 def _misfit(name: str, output: Tensor, shape: Sequence[int], expected: str) -> ProblemError:

@@ -1,12 +1,15 @@
 """Arithmetic of the training's forward and backward passes: its number format, and how images lie in memory."""
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from service.contract.training_spec import Training
+from worker.engine.forward import map_tensors
+
+Outputs = TypeVar("Outputs")  # of a network, in whatever structure
 
 _NARROW = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -41,11 +44,12 @@ class Precision:
             return inputs
         return tuple(x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x for x in inputs)
 
-    def widened(self, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def widened(self, outputs: Outputs) -> Outputs:
         """Outputs in which losses are computed: narrow numbers become float32."""
         if self._dtype is None:
             return outputs
-        return tuple(y.float() if y.dtype == self._dtype else y for y in outputs)
+        made: Outputs = map_tensors(outputs, lambda y: y.float() if y.dtype == self._dtype else y)
+        return made
 
     def backward(self, loss: Tensor) -> None:
         """Add the loss's gradients, scaled where losses are."""

@@ -14,7 +14,7 @@ from worker.engine.augmentation import Augmenter, Moves
 from worker.engine.data import Batch, Dataset, epoch_order
 from worker.engine.decay import ProductDecay
 from worker.engine.device import restore_random_states
-from worker.engine.forward import call, out_of_memory
+from worker.engine.forward import call_nested, out_of_memory
 from worker.engine.objective import Objective
 from worker.engine.precision import Precision
 from worker.engine.teacher import Teacher
@@ -287,8 +287,8 @@ class Trainer:
         inputs = self.precision.laid_out(piece.inputs)
         wanted = self._wanted(piece, positions, inputs)
         with self.precision.autocast():
-            outputs = self.precision.widened(call(self.module, inputs))
-        loss = self.objective.loss(outputs, piece.targets, wanted)
+            outputs = self.precision.widened(call_nested(self.module, inputs))
+        loss = self.objective.batch_loss(outputs, piece, wanted)
         if share < 1:
             loss = loss * share
         if loss.requires_grad:

@@ -15,7 +15,7 @@ from service.contract.training_spec import (
     Schedule,
     StepSchedule,
 )
-from worker.engine.forward import call
+from worker.engine.forward import call_nested, map_tensors
 from worker.engine.training import Trainer
 
 CANDIDATES = (0.2, 0.1, 0.05, 0.02, 0.01, 0.005, 0.002, 0.001)  # tried from the top
@@ -143,8 +143,8 @@ def _mean_objective(trainer: Trainer, *, zeros: bool = False) -> float:
             rows = positions[start : start + trainer.micro_batch_size]
             batch = trainer.dataset.rows("train", rows, trainer.device)
             wanted = trainer.teacher.outputs("train", rows, batch) if trainer.teacher is not None else None
-            outputs = call(trainer.module, batch.inputs)
+            outputs = call_nested(trainer.module, batch.inputs)
             if zeros:
-                outputs = tuple(torch.zeros_like(output) for output in outputs)
-            total += float(trainer.objective.loss(outputs, batch.targets, wanted)) * len(rows)
+                outputs = map_tensors(outputs, torch.zeros_like)
+            total += float(trainer.objective.batch_loss(outputs, batch, wanted)) * len(rows)
     return total / len(positions)
