@@ -25,7 +25,7 @@ def read_capabilities(services: Services) -> Capabilities:
     return Capabilities(
         version=version("rankpress"),
         methods=list(method_specs()),
-        terms=[{"type": name, **spec.abilities()} for name, spec in term_specs().items()],
+        terms=installed_terms(),
         layer_kinds=_layer_kinds(),
         outputs=list(get_args(Output)),
         data_formats=list(DATA_FORMATS),
@@ -41,6 +41,11 @@ def read_capabilities(services: Services) -> Capabilities:
         error_codes={code.value: title_of(code) for code in ErrorCode},
         spec_schema=spec_schema(),
     )
+
+
+def installed_terms() -> list[dict[str, Any]]:
+    """The terms that a layer's sum may have, ours and those of other packages."""
+    return [{"type": name, **spec.abilities()} for name, spec in term_specs().items()]
 
 
 def _layer_kinds() -> list[str]:
