@@ -101,7 +101,7 @@ class QuantizeTermSpec(TermSpec):
 class LowRankTermSpec(TermSpec):
     """A low-rank matrix under one reshape; its rank is learned unless `rank` fixes it."""
 
-    engine: ClassVar[str] = "worker.engine.forms.low_rank:LowRankTerm"
+    engine: ClassVar[str] = "worker.engine.forms.low_rank_forms:LowRankForms"
     type: Literal["low_rank"] = "low_rank"
     reshape: NamedReshape | GeneralReshape  # best: the C step chooses for each layer
     chunks: PositiveInt | Literal["auto"] = "auto"

@@ -15,13 +15,16 @@ class Factors:
     Parameters
     ----------
     left : Tensor
-        ``(p, r)``; with `right` balanced: both carry √σ.
+        ``(p, r)``; with `right` balanced: both carry √σ. Of a grouped layer ``(groups, p, r)``.
     right : Tensor
-        ``(r, q)``.
+        ``(r, q)``, of a grouped layer ``(groups, r, q)``.
+    place : int, optional
+        Which of several reshapes they belong to, where the term chooses one.
     """
 
     left: Tensor
     right: Tensor
+    place: int | None = None
 
     @property
     def rank(self) -> int:
@@ -38,9 +41,9 @@ class Factors:
         return {"left": self.left, "right": self.right}
 
     def facts(self) -> Facts:
-        """The rank."""
-        return {"rank": self.rank}
+        """The rank, and the choice of the reshape."""
+        return {"rank": self.rank} | ({} if self.place is None else {"place": self.place})
 
     def to(self, dtype: torch.dtype) -> "Factors":
         """The same factors in another dtype, on the CPU."""
-        return Factors(self.left.cpu().to(dtype), self.right.cpu().to(dtype))
+        return Factors(self.left.cpu().to(dtype), self.right.cpu().to(dtype), self.place)

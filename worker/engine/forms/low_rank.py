@@ -1,6 +1,7 @@
 """A low-rank term: its set under one reshape, its C step, its counts, and the plain module it becomes (methods L.3)."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from math import prod
 from typing import Any, ClassVar, Protocol
 
@@ -57,17 +58,26 @@ class LowRankTerm(Term):
         Number of matrices: 1, or the convolution's groups.
     store_dtype : "float16" or "bfloat16", optional
         How the factors are stored; None is the layer's own dtype.
+    place : int, optional
+        Which of a layer's several reshapes it is; its Θ carry it.
     """
 
     type_name: ClassVar[str] = "low_rank"
 
     def __init__(
-        self, reshape: Reshape, geometry: Geometry, *, groups: int = 1, store_dtype: str | None = None
+        self,
+        reshape: Reshape,
+        geometry: Geometry,
+        *,
+        groups: int = 1,
+        store_dtype: str | None = None,
+        place: int | None = None,
     ) -> None:
         self.reshape = reshape
         self.geometry = geometry
         self.groups = groups
         self.store_dtype = store_dtype
+        self.place = place
         self.block = _block(geometry, groups)
         split = reshape.split(self.block)
         self._key = (groups, reshape.key(self.block))
@@ -175,7 +185,7 @@ class LowRankTerm(Term):
         """Factors of rank 0."""
         (p, q), lead = self.reshape.matrix, self._lead
         made = [like.new_zeros((*lead, *shape), dtype=torch.float64) for shape in ((p, 0), (0, q))]
-        return Factors(made[0], made[1])
+        return Factors(made[0], made[1], self.place)
 
     def fit(self, residual: Tensor, ask: Ask, warm: Factors | None = None) -> Factors:  # noqa: ARG002
         """Closed form: the pairs above the threshold, within the bounds (methods L.2)."""
@@ -198,16 +208,21 @@ class LowRankTerm(Term):
     def _stored(self, factors: Factors) -> Factors:
         """Round to the dtype of the file, so that what the loop pulls towards is what is stored."""
         if self.store_dtype is None:
-            return factors
+            return replace(factors, place=self.place)
         dtype = STORE_DTYPES[self.store_dtype]
-        return Factors(factors.left.to(dtype).to(torch.float64), factors.right.to(dtype).to(torch.float64))
+        left, right = (value.to(dtype).to(torch.float64) for value in (factors.left, factors.right))
+        return Factors(left, right, self.place)
 
     def restore(self, tensors: Mapping[str, Tensor], facts: Facts) -> Factors:
         """Factors of a rank."""
         if tensors:
-            return Factors(tensors["left"], tensors["right"])
+            return Factors(tensors["left"], tensors["right"], self.place)
         (p, q), rank = self.reshape.matrix, facts["rank"]
-        return Factors(torch.zeros(*self._lead, p, rank), torch.zeros(*self._lead, rank, q))
+        return Factors(torch.zeros(*self._lead, p, rank), torch.zeros(*self._lead, rank, q), self.place)
+
+    def at_place(self, place: int) -> "LowRankTerm":
+        """Return the same term as one of several reshapes."""
+        return LowRankTerm(self.reshape, self.geometry, groups=self.groups, store_dtype=self.store_dtype, place=place)
 
     def project(self, factors: Factors) -> Tensor:
         """Dense weight that the factors stand for."""
