@@ -38,7 +38,7 @@ class Assignment(_Message):
     epoch: int
     model_path: str
     data_path: str | None = None
-    data_format: Literal["npz", "safetensors"] | None = None
+    data_format: Literal["npz", "safetensors", "webdataset"] | None = None
     spec: dict[str, Any]
     work_dir: str  # this attempt's own directory; the stages hand each other files in it
     supervisor_pid: int | None = None  # a child whose parent is another one exits; None for a stage run by hand

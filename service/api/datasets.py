@@ -16,7 +16,7 @@ router = APIRouter(prefix="/datasets", tags=["datasets"])
 async def upload_dataset(
     request: Request, response: Response, services: ServicesDep, owner: OwnerDep, name: UploadName = None
 ) -> DatasetResource:
-    """Upload a .npz or .safetensors file as the raw body; the same bytes are the same dataset."""
+    """Upload a .npz, .safetensors or WebDataset .tar file as the raw body; the same bytes are the same dataset."""
     received = await receive_body(request, services, files.DATASET, name)
     dataset = await run_in_threadpool(files.register_dataset, services, owner, received)
     response.headers["location"] = f"/v1/datasets/{dataset.id}"

@@ -47,7 +47,7 @@ _PARTS_SCHEMA = {
     "properties": {
         "model": {"type": "string", "format": "binary", "description": "A TorchScript file."},
         "model_id": {"type": "string", "description": "In place of model: an uploaded one."},
-        "data": {"type": "string", "format": "binary", "description": "A .npz or .safetensors file."},
+        "data": {"type": "string", "format": "binary", "description": "A .npz, .safetensors or WebDataset .tar file."},
         "dataset_id": {"type": "string", "description": "In place of data: an uploaded one."},
         "spec": {"$ref": "#/components/schemas/JobSpec"},
         "name": {"type": "string"},

@@ -12,18 +12,23 @@ from typing import IO, Any, TypeGuard
 
 from service.blobs.zips import LOCAL_MAGIC, UNREADABLE, ZipRejectedError, open_checked_zip
 from service.contract.errors import ErrorCode, ProblemError
+from service.contract.shards import BLOCK_BYTES, TarRejectedError, is_tar, kind_of, walk_tar
 
 MAX_ARRAYS = 10_000
 MAX_UNPACKED_BYTES = 64 * 1024**3
 _MAX_NPY_HEADER_BYTES = 64 * 1024
 _MAX_SAFETENSORS_HEADER_BYTES = 16 * 1024**2
 _NPY_MAGIC = b"\x93NUMPY"
+_GZIP_MAGIC = b"\x1f\x8b"
 _DESCR = re.compile(r"[<>|=]?([biufc])([0-9]{1,2})")
 _SAFETENSORS_BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16,
     "I32": 32, "U32": 32, "F32": 32, "I64": 64, "U64": 64, "F64": 64, "C64": 64,
 }  # fmt: skip
 _HOW_TO = "save it with numpy.savez(path, inputs=…, targets=…) or safetensors.numpy.save_file"
+
+
+_HOW_TO_TAR = "write samples as KEY.jpg, .png, .npy, .cls or .json, those of one key together"
 
 
 @dataclass(frozen=True)
@@ -38,27 +43,31 @@ class ArrayFacts:
 class DatasetFacts:
     """What a dataset holds, from its headers."""
 
-    format: str  # "npz" or "safetensors"
+    format: str  # "npz", "safetensors" or "webdataset"
     arrays: dict[str, ArrayFacts]
 
 
 def check_dataset(path: Path, *, max_unpacked_bytes: int = MAX_UNPACKED_BYTES) -> str:
-    """The format of a dataset, `npz` or `safetensors`; raises `DATASET_INVALID` for anything else."""
+    """The format of a dataset, `npz`, `safetensors` or `webdataset`; raises `DATASET_INVALID` for anything else."""
     return inspect_dataset(path, max_unpacked_bytes=max_unpacked_bytes).format
 
 
 def inspect_dataset(path: Path, *, max_unpacked_bytes: int = MAX_UNPACKED_BYTES) -> DatasetFacts:
     """The names, types and shapes of a dataset's arrays; raises `DATASET_INVALID` with what was found."""
     with path.open("rb") as file:
-        beginning = file.read(16)
+        beginning = file.read(BLOCK_BYTES)
     if not beginning:
         raise _invalid("an empty file", _HOW_TO)
     if beginning.startswith(LOCAL_MAGIC):
         facts = DatasetFacts("npz", _read_npz(path, max_unpacked_bytes))
+    elif is_tar(beginning):
+        facts = DatasetFacts("webdataset", _read_tar(path))
     elif len(beginning) > 8 and beginning[8:9] == b"{":
         facts = DatasetFacts("safetensors", _read_safetensors(path))
     elif beginning.startswith(_NPY_MAGIC):
         raise _invalid("a single .npy array without a name", _HOW_TO)
+    elif beginning.startswith(_GZIP_MAGIC):
+        raise _invalid("a gzip file", "unpack it: a .tar is taken as it is")
     elif beginning[0] == 0x80 and beginning[1:2] <= b"\x05":
         raise _invalid("a Python pickle, which is never loaded", _HOW_TO)
     else:
@@ -147,11 +156,28 @@ def _tensor_facts(name: str, entry: Any, data_bytes: int) -> ArrayFacts:
     return ArrayFacts(str(dtype), tuple(shape))
 
 
+def _read_tar(path: Path) -> dict[str, ArrayFacts]:
+    """The extensions of the samples, with what they hold; shapes are in no header."""
+    found: dict[str, ArrayFacts] = {}
+    try:
+        with path.open("rb") as file:
+            for member in walk_tar(file):
+                kind = kind_of(member.extension)
+                if kind is not None and len(found) < MAX_ARRAYS:
+                    found.setdefault(member.extension, ArrayFacts(kind, ()))
+    except TarRejectedError as error:
+        raise _invalid(f"a tar of which {error}", _HOW_TO_TAR) from error
+    if not found:
+        raise _invalid("a tar without a file that is read", _HOW_TO_TAR)
+    return found
+
+
 def _is_shape(value: Any) -> TypeGuard[tuple[int, ...] | list[int]]:
     return isinstance(value, (tuple, list)) and all(type(size) is int and size >= 0 for size in value)
 
 
 def _invalid(found: str, change: str) -> ProblemError:
     return ProblemError(
-        ErrorCode.DATASET_INVALID, f"expected a dataset as .npz or .safetensors; found {found}: {change}"
+        ErrorCode.DATASET_INVALID,
+        f"expected a dataset as .npz, .safetensors or WebDataset .tar; found {found}: {change}",
     )

@@ -18,7 +18,9 @@ from service.contract import ids
 from service.contract.resources import JobResource
 from service.contract.states import JobState
 
-data_option = click.option("--data", help="Inputs and targets: a .npz or .safetensors file, or a dataset's id.")
+data_option = click.option(
+    "--data", help="Inputs and targets: a .npz, .safetensors or WebDataset .tar file, or a dataset's id."
+)
 name_option = click.option("--name", help="A name for the job.")
 output_option = click.option("--output", "-o", type=click.Path(path_type=Path), help="Where the small model goes.")
 timeout_option = click.option("--timeout", "timeout_seconds", type=click.FloatRange(min=0), help="Seconds to wait.")

@@ -89,7 +89,7 @@ class Client:
         )
 
     def upload_dataset(self, path: Path | str, *, name: str | None = None) -> DatasetResource:
-        """Upload a `.npz` or `.safetensors` file; the same bytes give the same dataset."""
+        """Upload a `.npz`, `.safetensors` or WebDataset `.tar` file; the same bytes give the same dataset."""
         return self._transport.read(
             DatasetResource, "POST", "/v1/datasets", idempotent=True, arguments=_raw_body(Path(path), name)
         )

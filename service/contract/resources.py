@@ -32,7 +32,7 @@ class DatasetResource(Resource):
 
     id: str
     name: str | None
-    format: str  # "npz" or "safetensors"
+    format: str  # "npz", "safetensors" or "webdataset"
     bytes: int
     sha256: str
     created_at: datetime

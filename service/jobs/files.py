@@ -20,7 +20,7 @@ from service.store import datasets, listings, models
 from service.store.blobs import hold_blobs
 from service.store.tables import Dataset, Model
 
-DATA_FORMATS = ("npz", "safetensors")
+DATA_FORMATS = ("npz", "safetensors", "webdataset")
 MODEL_FORMAT = "torchscript"
 
 

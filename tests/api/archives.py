@@ -2,6 +2,7 @@
 
 import io
 import struct
+import tarfile
 import zipfile
 
 CODE = """class Net(Module):
@@ -70,3 +71,14 @@ def npz(count: int = 8) -> bytes:
 def safetensors() -> bytes:
     header = b'{"inputs":{"dtype":"F32","shape":[2,4],"data_offsets":[0,32]}}'
     return struct.pack("<Q", len(header)) + header + b"\0" * 32
+
+
+def tar() -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as made:
+        for name in ("0.npy", "1.npy"):
+            content = npy([0.0] * 4, (4,))
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            made.addfile(member, io.BytesIO(content))
+    return buffer.getvalue()

@@ -18,7 +18,7 @@ def test_capabilities(api: Api) -> None:
     assert found["terms"][0]["type"] == "low_rank"
     assert found["layer_kinds"] == ["conv2d", "linear"]
     assert found["outputs"] == ["torchscript"]
-    assert found["data_formats"] == ["npz", "safetensors"]
+    assert found["data_formats"] == ["npz", "safetensors", "webdataset"]
     assert "cpu" in found["devices"]
     assert set(found["reason_codes"]) == set(ReasonCode)
     assert set(found["error_codes"]) == set(ErrorCode)

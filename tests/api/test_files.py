@@ -60,6 +60,7 @@ def test_name_from_the_header(api: Api, header: str, name: str | None) -> None:
 def test_formats(api: Api) -> None:
     assert api.client.post("/v1/datasets", content=archives.npz()).json()["format"] == "npz"
     assert api.client.post("/v1/datasets", content=archives.safetensors()).json()["format"] == "safetensors"
+    assert api.client.post("/v1/datasets", content=archives.tar()).json()["format"] == "webdataset"
 
 
 def test_pages(api: Api) -> None:

@@ -155,6 +155,11 @@ class Learned:
         return [row for row in self.recorder.rank_rows if row.chosen]
 
 
+def format_of(data: Path) -> str:
+    suffix = data.suffix.removeprefix(".")
+    return "webdataset" if suffix == "tar" else suffix
+
+
 def run_learn(
     work_dir: Path,
     model: Path,
@@ -166,7 +171,7 @@ def run_learn(
     """Run the first stage in this process."""
     work_dir.mkdir(parents=True, exist_ok=True)
     recorder = observer if observer is not None else Recorder()
-    kind = None if data is None else data.suffix.removeprefix(".")
+    kind = None if data is None else format_of(data)
     result = learn(Sources(model, data, kind, work_dir), parse_spec(dict(spec)), recorder, saved)
     return Learned(recorder, work_dir, result)
 
@@ -199,7 +204,7 @@ def run_stage(stage: str, work_dir: Path, model: Path, spec: Mapping[str, Any], 
         "epoch": 1,
         "model_path": str(model),
         "data_path": None if data is None else str(data),
-        "data_format": None if data is None else data.suffix.removeprefix("."),
+        "data_format": None if data is None else format_of(data),
         "spec": dict(spec),
         "work_dir": str(work_dir),
         **options,

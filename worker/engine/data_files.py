@@ -1,5 +1,6 @@
-"""Dataset files as memory-mapped arrays: `.npz` and `.safetensors`, converted once, never unpickled."""
+"""Dataset files as memory-mapped arrays: `.npz`, `.safetensors`, WebDataset tars; converted once, never unpickled."""
 
+import errno
 import json
 import shutil
 import zipfile
@@ -11,6 +12,7 @@ import numpy as np
 from numpy.lib import format as npy
 
 from service.contract.errors import ErrorCode, ProblemError
+from worker.engine.shards import open_shards
 
 _SAFETENSORS_DTYPES = {
     "F64": np.float64,
@@ -38,7 +40,7 @@ def open_arrays(path: Path, data_format: str, work_dir: Path) -> Arrays:
     ----------
     path : Path
         The dataset file.
-    data_format : "npz" or "safetensors"
+    data_format : "npz", "safetensors" or "webdataset"
         Its format.
     work_dir : Path
         Where the members of an archive are laid out as plain files.
@@ -48,9 +50,13 @@ def open_arrays(path: Path, data_format: str, work_dir: Path) -> Arrays:
     ProblemError
         ``DATASET_INVALID`` naming the array, what was found, and what is accepted.
     """
+    if data_format == "webdataset":
+        return open_shards(path, work_dir)
     try:
         arrays = _open_npz(path, work_dir) if data_format == "npz" else _open_safetensors(path)
     except _UNREADABLE as error:
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            raise  # the worker's want of room, and no fault of the file
         raise ProblemError(ErrorCode.DATASET_INVALID, f"the {data_format} file cannot be read: {error}") from error
     if not arrays:
         raise ProblemError(ErrorCode.DATASET_INVALID, "the dataset holds no array; expected at least 'inputs'")
