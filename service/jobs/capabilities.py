@@ -1,7 +1,7 @@
 """What this service can do."""
 
 from importlib.metadata import version
-from typing import get_args
+from typing import Any, get_args
 
 from service.contract.errors import ErrorCode, title_of
 from service.contract.layer_rule import LayerRule

@@ -23,11 +23,10 @@ class CirculantWeight(nn.Module):
     def __init__(self, row: Tensor) -> None:
         super().__init__()
         self.row = nn.Parameter(row)
-        places = torch.arange(row.numel())
-        self.register_buffer("places", (places[:, None] - places[None, :]) % row.numel())
 
     def forward(self) -> Tensor:
-        return self.row[self.places]
+        places = torch.arange(self.row.size(0), device=self.row.device)
+        return self.row[(places[:, None] - places[None, :]) % self.row.size(0)]
 
 
 class CirculantTerm(Term):
@@ -57,7 +56,7 @@ class CirculantTerm(Term):
 
     def counts_at(self, units):
         n = self.geometry.weight_shape[0] * units
-        return Counts(params=n, bits=n * self.geometry.dtype_bits + 64 * n * n)
+        return Counts(params=n, bits=n * self.geometry.dtype_bits)
 
     least_counts = counts_at
 
