@@ -169,7 +169,8 @@ class LoopWithBranch(nn.Module):
             x = x + torch.tanh(self.step(x))
             rounds += 1
         if x.size(1) > 10:
-            x = x + self.extra(x)
+            y = self.extra(x)
+            x = x + y
         else:
             x = x * 2.0
         return self.head(x)
@@ -212,7 +213,7 @@ class TwoTowers(nn.Module):
 
 
 class Exported(nn.Module):
-    """Several exported methods, attributes that are no tensors, a buffer that forward updates, a layer of one method."""
+    """Several exported methods, attributes that are no tensors, a buffer that forward updates, a layer of its own."""
 
     def __init__(self) -> None:
         super().__init__()

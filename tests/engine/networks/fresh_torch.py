@@ -70,7 +70,7 @@ def check(artifact: str, expected: str, reference: str) -> dict[str, Any]:
     with torch.no_grad():
         for name, parameter in module.named_parameters():
             if got.get(name) is not None:
-                parameter -= (0.3 / max(norm, 1e-30) * got[name].double()).to(parameter.dtype)
+                parameter.sub_((0.3 / max(norm, 1e-30) * got[name].double()).to(parameter.dtype))
     after = answer(module, inputs)
     found["moved"] = difference(after, first)
     found["codes_changed"] = [name for name, code in whole(module).items() if not torch.equal(code, codes[name])]
