@@ -1,0 +1,197 @@
+"""The plain modules that packed weights are emitted as: codes and indices are buffers, values are parameters.
+
+Each scripts, saves, trains and loads in stock PyTorch. `forward()` gives the weight. Gradients go to the values.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from worker.engine.forms.packing import unpack_codes, unpack_positions
+
+
+class CodebookWeight(nn.Module):
+    """A weight of k learned values, with one codebook or one for each slice along an axis."""
+
+    codes: Tensor
+
+    def __init__(self, values: Tensor, codes: Tensor, *, size: int, shape: list[int], axis: int) -> None:
+        super().__init__()
+        self.values = nn.Parameter(values)  # (g, k)
+        self.register_buffer("codes", codes)  # packed, of the weight with `axis` first
+        self.size = size
+        self.shape = shape
+        self.axis = axis
+
+    def forward(self) -> Tensor:
+        """Look the values up."""
+        count = 1
+        for length in self.shape:
+            count *= length
+        codes = unpack_codes(self.codes, self.size, count).to(torch.int32)
+        groups = self.values.size(0)
+        if groups > 1:
+            starts = torch.arange(groups, dtype=torch.int32, device=codes.device) * self.size
+            codes = (codes.reshape(groups, -1) + starts.unsqueeze(1)).reshape(-1)
+        values: Tensor = self.values
+        if values.element_size() < 4:  # a gradient is the sum over all weights of one code: not in 16 bits
+            values = values.to(torch.float32)
+        weight = values.reshape(-1).index_select(0, codes).to(self.values.dtype)
+        return weight.reshape(self.shape).movedim(0, self.axis)
+
+
+class GridWeight(nn.Module):
+    """A weight on the grid a·(slope·code − origin), with one scale a or one for each slice along an axis."""
+
+    values: Tensor
+    codes: Tensor
+
+    def __init__(
+        self,
+        values: Tensor,
+        codes: Tensor,
+        *,
+        size: int,
+        slope: int,
+        origin: int,
+        shape: list[int],
+        axis: int,
+        learned: bool,
+    ) -> None:
+        super().__init__()
+        if learned:
+            self.values = nn.Parameter(values)  # (g, 1)
+        else:
+            self.register_buffer("values", values)
+        self.register_buffer("codes", codes)
+        self.size = size
+        self.slope = slope
+        self.origin = origin
+        self.shape = shape
+        self.axis = axis
+
+    def forward(self) -> Tensor:
+        """Scale the levels."""
+        count = 1
+        for length in self.shape:
+            count *= length
+        levels = unpack_codes(self.codes, self.size, count).to(torch.int32) * self.slope - self.origin
+        values: Tensor = self.values
+        if values.element_size() < 4:
+            values = values.to(torch.float32)
+        weight = (levels.reshape(values.size(0), -1).to(values.dtype) * values).to(self.values.dtype)
+        return weight.reshape(self.shape).movedim(0, self.axis)
+
+
+class PowerWeight(nn.Module):
+    """A weight of 0 and signed powers of two; they stay such powers, so nothing of it is trained."""
+
+    values: Tensor
+    codes: Tensor
+    levels: Tensor
+
+    def __init__(self, values: Tensor, codes: Tensor, levels: Tensor, *, size: int, shape: list[int], axis: int):
+        super().__init__()
+        self.register_buffer("values", values)  # (g, 1)
+        self.register_buffer("codes", codes)
+        self.register_buffer("levels", levels)  # (size,)
+        self.size = size
+        self.shape = shape
+        self.axis = axis
+
+    def forward(self) -> Tensor:
+        """Look the powers up and scale them."""
+        count = 1
+        for length in self.shape:
+            count *= length
+        levels = self.levels.index_select(0, unpack_codes(self.codes, self.size, count).to(torch.int32))
+        weight = levels.reshape(self.values.size(0), -1) * self.values
+        return weight.reshape(self.shape).movedim(0, self.axis)
+
+
+class SparseWeight(nn.Module):
+    """A weight that is zero but at some positions."""
+
+    index: Tensor
+
+    def __init__(self, values: Tensor, index: Tensor, *, bits: int, entries: int, shape: list[int]) -> None:
+        super().__init__()
+        self.values = nn.Parameter(values)  # (kept,)
+        self.register_buffer("index", index)
+        self.bits = bits
+        self.entries = entries
+        self.shape = shape
+
+    def forward(self) -> Tensor:
+        """Put the values in their places."""
+        count = 1
+        for length in self.shape:
+            count *= length
+        positions = unpack_positions(self.index, self.bits, self.entries)
+        weight = torch.zeros(count, dtype=self.values.dtype, device=self.values.device)
+        return weight.index_copy(0, positions, self.values).reshape(self.shape)
+
+
+class SlicedWeight(nn.Module):
+    """A weight that is zero but in some slices along an axis."""
+
+    index: Tensor
+
+    def __init__(self, values: Tensor, index: Tensor, *, axis: int, length: int) -> None:
+        super().__init__()
+        self.values = nn.Parameter(values)
+        self.register_buffer("index", index)
+        self.axis = axis
+        self.length = length
+
+    def forward(self) -> Tensor:
+        """Put the slices in their places."""
+        shape = list(self.values.shape)
+        shape[self.axis] = self.length
+        weight = torch.zeros(shape, dtype=self.values.dtype, device=self.values.device)
+        return weight.index_copy(self.axis, self.index.to(torch.int64), self.values)
+
+
+class UnpackedOnce(nn.Module):
+    """A packed weight that is unpacked at the first call in evaluation mode, and again when something has changed.
+
+    The unpacked weight is a plain attribute: it is no part of the state of the module, does not move with it, and is
+    empty in a file that is saved before use. Where gradients are recorded, in training mode or not, the weight is
+    unpacked at every call, because they have to reach the values.
+    """
+
+    def __init__(self, packed: nn.Module) -> None:
+        super().__init__()
+        self.packed = packed
+        self.cache = torch.empty(0)
+        self.seen = torch.empty(0)  # the values that the cache was made of
+        self.version = -1
+
+    def forward(self) -> Tensor:
+        """Give the weight."""
+        values: Tensor = self.packed.values  # type: ignore[assignment]
+        if self.training or torch.is_grad_enabled():
+            if self.cache.numel() > 0:
+                self._drop()
+            weight: Tensor = self.packed()
+            return weight
+        version = -1
+        if torch.jit.is_scripting() and not values.is_inference():  # type: ignore[attr-defined]
+            version = values._version()  # type: ignore[operator]
+        stands = self.cache.numel() > 0 and self.version == version
+        stands = stands and self.cache.dtype == values.dtype and self.cache.device == values.device
+        if stands and not values.is_cuda:  # on a GPU this would wait for everything under way
+            stands = torch.equal(self.seen, values)
+        if not stands:
+            self.cache = self.packed().contiguous()
+            self.seen = values.clone()
+            self.version = version
+        return self.cache
+
+    def _drop(self) -> None:
+        self.cache = torch.empty(0)
+        self.seen = torch.empty(0)
+
+
+def unpacked(packed: nn.Module, unpack: str) -> nn.Module:
+    """Wrap a packed weight as its spec asks: "load" or "call"."""
+    return UnpackedOnce(packed) if unpack == "load" else packed
