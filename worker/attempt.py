@@ -15,6 +15,7 @@ from service.blobs.errors import BlobDamagedError
 from service.blobs.store import BlobStore
 from service.contract.errors import ErrorCode
 from service.contract.marks import mark
+from service.contract.objective_spec import with_module
 from service.contract.states import Phase
 from service.settings import Settings
 from service.store.attempts import Claim, InputFile
@@ -38,7 +39,7 @@ log = structlog.get_logger(__name__)
 
 
 class _InputGoneError(Exception):
-    """The job's model or dataset cannot be had as it was uploaded."""
+    """The job's model, dataset or objective cannot be had as it was uploaded."""
 
 
 class JobAttempt:
@@ -144,6 +145,7 @@ class JobAttempt:
         dataset = claim.dataset
         model_path = self._fetch_input(claim.model)
         data_path = None if dataset is None else self._fetch_input(dataset)
+        objective_path = None if claim.objective is None else self._fetch_input(claim.objective)
         resume = self._checkpoint_file()
         return Assignment(
             stage="learn",
@@ -151,10 +153,11 @@ class JobAttempt:
             epoch=claim.epoch,
             model_path=str(model_path),
             data_path=None if data_path is None else str(data_path),
+            objective_path=None if objective_path is None else str(objective_path),
             data_format=None if dataset is None else dataset.format,
             # What was asked for, not what an earlier attempt resolved: the same rules resolve it to the same values,
             # and a number that was found must not be taken for one that was given.
-            spec=claim.requested_spec,
+            spec=with_module(claim.requested_spec, None if claim.objective is None else claim.objective.id),
             work_dir=str(self._work_dir),
             supervisor_pid=os.getpid(),
             resume_path=None if resume is None else str(resume),
@@ -168,6 +171,7 @@ class JobAttempt:
                 "model": claim.model.sha256,
                 "spec": claim.spec_sha256,
                 **({} if dataset is None else {"data": dataset.sha256}),
+                **({} if claim.objective is None else {"objective": claim.objective.sha256}),
             },
         )
 
@@ -182,7 +186,7 @@ class JobAttempt:
             return self._fetch(file)
         except (BlobDamagedError, FileNotFoundError) as error:
             raise _InputGoneError(
-                f"the model or the dataset of the job is not in the blob store as it was uploaded ({error}): upload it "
+                f"a file that the job reads is not in the blob store as it was uploaded ({error}): upload it "
                 "again and submit the job anew, and look after the store"
             ) from error
 

@@ -38,6 +38,7 @@ class Assignment(_Message):
     epoch: int
     model_path: str
     data_path: str | None = None
+    objective_path: str | None = None  # the module of a loss that the user brings
     data_format: Literal["npz", "safetensors", "webdataset"] | None = None
     spec: dict[str, Any]
     work_dir: str  # this attempt's own directory; the stages hand each other files in it
@@ -52,7 +53,7 @@ class Assignment(_Message):
     first_forward_seconds: float = 60.0
     checkpoint_seconds: float = 300.0  # longest time without a checkpoint
     checkpoint_spacing_seconds: float = 30.0  # least time between two at the ends of steps; 0: one at each of them
-    hashes: dict[str, str] = {}  # SHA-256 of model, data, spec
+    hashes: dict[str, str] = {}  # SHA-256 of model, data, objective, spec
 
 
 class PhaseMessage(_Message):

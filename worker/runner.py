@@ -210,7 +210,8 @@ def _sources(assignment: Assignment) -> Any:
     from worker.engine.learn import Sources  # noqa: PLC0415
 
     data = None if assignment.data_path is None else Path(assignment.data_path)
-    return Sources(Path(assignment.model_path), data, assignment.data_format, Path(assignment.work_dir))
+    objective = None if assignment.objective_path is None else Path(assignment.objective_path)
+    return Sources(Path(assignment.model_path), data, assignment.data_format, Path(assignment.work_dir), objective)
 
 
 def _unexpected(error: BaseException, assignment: Assignment) -> FailedMessage:

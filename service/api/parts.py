@@ -14,13 +14,14 @@ from service.api.strict_json import load_json
 from service.api.uploads import writer_of
 from service.blobs.writer import AsyncBlobWriter
 from service.contract.errors import ErrorCode, FieldError, ProblemError
+from service.contract.objective_spec import OBJECTIVE_PART
 from service.contract.spec import parse_spec
 from service.jobs import files
 from service.jobs.files import FileKind, ReceivedFile
-from service.jobs.submit import Submission
+from service.jobs.submit import Submission, named_objective
 from service.services import Services
 
-_FILES: dict[str, FileKind] = {"model": files.MODEL, "data": files.DATASET}
+_FILES: dict[str, FileKind] = {"model": files.MODEL, "data": files.DATASET, OBJECTIVE_PART: files.OBJECTIVE}
 _TEXTS = ("spec", "name", "model_id", "dataset_id")
 _SHORT_TEXT_BYTES = 1024
 
@@ -73,6 +74,7 @@ class PartsReader:
             requested_spec=self._spec,
             model=model,
             dataset=self._one_of("data", "dataset_id"),
+            objective=self._received.get(OBJECTIVE_PART) or named_objective(self._spec),
         )
 
     async def _begin(self, part: PartBegins) -> None:

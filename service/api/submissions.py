@@ -19,7 +19,7 @@ from service.contract.errors import ErrorCode, FieldError, ProblemError
 from service.contract.resources import JobResource, SubmissionCheck
 from service.contract.strict import StrictModel
 from service.jobs import idempotency
-from service.jobs.submit import Submission, check_submission, submit
+from service.jobs.submit import Submission, check_submission, named_objective, submit
 from service.services import Services
 from service.store.idempotency import Fresh, Replay
 
@@ -49,6 +49,12 @@ _PARTS_SCHEMA = {
         "model_id": {"type": "string", "description": "In place of model: an uploaded one."},
         "data": {"type": "string", "format": "binary", "description": "A .npz, .safetensors or WebDataset .tar file."},
         "dataset_id": {"type": "string", "description": "In place of data: an uploaded one."},
+        "objective": {
+            "type": "string",
+            "format": "binary",
+            "description": 'A TorchScript module with loss(outputs, batch), which the spec names: {"loss": {"module": '
+            '"objective"}}.',
+        },
         "spec": {"$ref": "#/components/schemas/JobSpec"},
         "name": {"type": "string"},
     },
@@ -108,8 +114,8 @@ async def _read_submission(request: Request, services: Services, owner: str, sta
         return await _from_multipart(request, services, owner, boundary, stack)
     raise ProblemError(
         ErrorCode.UNSUPPORTED_MEDIA_TYPE,
-        "expected multipart/form-data with the parts model, spec and data, or application/json with model_id, "
-        f"dataset_id and spec; found {content_type[:100]!r}",
+        "expected multipart/form-data with the parts model, spec, data and objective, or application/json with "
+        f"model_id, dataset_id and spec; found {content_type[:100]!r}",
     )
 
 
@@ -117,8 +123,9 @@ async def _from_multipart(
     request: Request, services: Services, owner: str, boundary: bytes, stack: AsyncExitStack
 ) -> Submission:
     settings = services.settings
-    limit = settings.max_model_bytes + settings.max_dataset_bytes + settings.max_spec_bytes + _MULTIPART_OVERHEAD_BYTES
+    limit = 2 * settings.max_model_bytes + settings.max_dataset_bytes + settings.max_spec_bytes
     reader = await stack.enter_async_context(PartsReader(services))
+    limit += _MULTIPART_OVERHEAD_BYTES
     await reader.read(boundary, body_chunks(request, services, limit_bytes=limit, what="the request"))
     return reader.submission(owner)
 
@@ -145,4 +152,5 @@ async def _from_json(request: Request, services: Services, owner: str) -> Submis
         requested_spec=asked.spec,
         model=asked.model_id,
         dataset=asked.dataset_id,
+        objective=named_objective(asked.spec),
     )

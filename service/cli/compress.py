@@ -21,6 +21,9 @@ from service.contract.states import JobState
 data_option = click.option(
     "--data", help="Inputs and targets: a .npz, .safetensors or WebDataset .tar file, or a dataset's id."
 )
+objective_option = click.option(
+    "--objective", help="A loss of your own: a TorchScript module with loss(outputs, batch), or its id."
+)
 name_option = click.option("--name", help="A name for the job.")
 output_option = click.option("--output", "-o", type=click.Path(path_type=Path), help="Where the small model goes.")
 timeout_option = click.option("--timeout", "timeout_seconds", type=click.FloatRange(min=0), help="Seconds to wait.")
@@ -31,6 +34,7 @@ report_option = click.option("--report", "report_file", type=click.Path(path_typ
 @click.command()
 @click.argument("model")
 @data_option
+@objective_option
 @spec_options.spec_options
 @name_option
 @output_option
@@ -47,7 +51,7 @@ def compress(model: str, data: str | None, output: Path | None, **parameters: An
     output = output or _default_output(model)
     as_json, junit, report_file = (parameters[name] for name in ("as_json", "junit", "report_file"))
     _check_places(output, junit, report_file)
-    _check_inputs(model, data)
+    _check_inputs(model, data, parameters["objective"])
     outcome = Outcome(label=Path(model).name)
     with connect(parameters["url"]) as client:
         trip = Trip(client, outcome, parameters["timeout_seconds"])
@@ -58,13 +62,14 @@ def compress(model: str, data: str | None, output: Path | None, **parameters: An
 @click.command()
 @click.argument("model")
 @data_option
+@objective_option
 @spec_options.spec_options
 @name_option
 @json_option
 @url_option
 def submit(model: str, data: str | None, **parameters: Any) -> int:
     """Start a job on MODEL and print its id, without waiting."""
-    _check_inputs(model, data)
+    _check_inputs(model, data, parameters["objective"])
     with connect(parameters["url"]) as client:
         job = _start(client, model, data, parameters)
     if parameters["as_json"]:
@@ -130,7 +135,7 @@ def fetch(job_id: str, output: Path | None, report_file: Path | None, *, as_json
 def _start(client: Client, model: str, data: str | None, parameters: dict[str, Any]) -> JobResource:
     sizes = spec_options.sizes_of(parameters)
     spec = spec_options.spec_from(parameters["spec_file"], sizes, parameters["lambda_"], parameters["seed"])
-    return client.submit(spec, model=model, data=data, name=parameters["name"])
+    return client.submit(spec, model=model, data=data, objective=parameters["objective"], name=parameters["name"])
 
 
 def finish(outcome: Outcome, *, as_json: bool, junit: Path | None, report_file: Path | None) -> int:
@@ -168,8 +173,12 @@ def _default_output(model: str) -> Path:
     return path.with_name(f"{path.stem}.small.pt")
 
 
-def _check_inputs(model: str, data: str | None) -> None:
-    for what, reference, prefix in (("model", model, ids.MODEL), ("data", data, ids.DATASET)):
+def _check_inputs(model: str, data: str | None, objective: str | None) -> None:
+    for what, reference, prefix in (
+        ("model", model, ids.MODEL),
+        ("data", data, ids.DATASET),
+        ("objective", objective, ids.MODEL),
+    ):
         if reference is not None and not ids.is_id(reference, prefix) and not Path(reference).is_file():
             raise click.UsageError(f"the {what} must be a file or an uploaded id; there is no file {reference!r}")
 

@@ -4,9 +4,10 @@ from collections.abc import Sequence
 
 from service.cli.tables import count, percent, table
 from service.contract.plan import Form, LayerPlan, RankRow, TermPlan
-from service.contract.report import LATENCY_SLOWER_RATIO, Measured, PairedDifference, Report
+from service.contract.report import LATENCY_SLOWER_RATIO, Measured, PairedDifference, Report, Verdict
 
-_SHARES = frozenset({"accuracy", "agreement"})
+_SHARES = frozenset({"accuracy", "top5", "agreement"})
+_VERDICTS: dict[Verdict, str] = {"better": "better", "worse": "worse", "unclear": "no clear difference"}
 _STAY_NOTE = "\n(stay): the dense operator uses a weight that is composed from its parts, so its multiply-adds stay"
 
 
@@ -41,7 +42,7 @@ def comparison(report: Report) -> str:
 def _scores(report: Report) -> list[tuple[str, str, str, str]]:
     differences = {item.name: item for item in report.differences}
     scores = [(report.metric_name, report.reference.metric, report.compressed.metric)]
-    if report.compressed.loss != report.compressed.metric:  # else the metric is the loss
+    if report.metric_name != "loss" and report.compressed.loss != report.compressed.metric:  # else it is the loss
         scores.append(("loss", report.reference.loss, report.compressed.loss))
     if "agreement" in differences:
         scores.append(("agreement", 1.0, 1.0 + differences["agreement"].difference))
@@ -61,7 +62,9 @@ def _score(name: str, value: float | None) -> str:
 def _interval(item: PairedDifference) -> str:
     scale, unit, digits = (100.0, " points", ".2f") if item.name in _SHARES else (1.0, "", ".4g")
     difference, low, high = (f"{scale * value:+{digits}}" for value in (item.difference, item.low, item.high))
-    return f"{difference}{unit}  [{low}, {high}] at {100 * item.confidence:.0f} %, n = {item.samples}"
+    units = f" in groups of {item.unit_samples}" if item.unit_samples > 1 else ""
+    verdict = "" if item.verdict is None else f": {_VERDICTS[item.verdict]}"
+    return f"{difference}{unit}  [{low}, {high}] at {100 * item.confidence:.0f} %, n = {item.samples}{units}{verdict}"
 
 
 def _latencies(reference: Measured, compressed: Measured) -> list[tuple[str, str, str, str]]:

@@ -17,6 +17,7 @@ from service.client.errors import ServiceUnavailable, WaitTimeout
 from service.client.transport import R, Retries, Transport
 from service.contract import ids
 from service.contract.events import Event
+from service.contract.objective_spec import OBJECTIVE_PART, with_module
 from service.contract.report import Report
 from service.contract.resources import (
     ArtifactPage,
@@ -100,10 +101,11 @@ class Client:
         *,
         model: Path | str,
         data: Path | str | None = None,
+        objective: Path | str | None = None,
         name: str | None = None,
         idempotency_key: str | None = None,
     ) -> JobResource:
-        """Start a job on a model and a dataset, each given as a file or as an uploaded id.
+        """Start a job on a model and a dataset, and perhaps a loss module, each given as a file or as an uploaded id.
 
         Safe against a broken connection: the request carries an idempotency key, by default one of its own, so
         that trying again never starts a second job.
@@ -112,8 +114,16 @@ class Client:
         headers = {"Idempotency-Key": idempotency_key or str(uuid.uuid4())}
         model_is_file = not _is_id(model, ids.MODEL)
         data_is_id = data is not None and _is_id(data, ids.DATASET)
+        if objective is not None and _is_id(objective, ids.MODEL):
+            document, objective = with_module(document, str(objective)), None
         if model_is_file and not data_is_id:
-            return self._submit_files(document, Path(model), None if data is None else Path(data), name, headers)
+            files = {"model": Path(model)} | ({} if data is None else {"data": Path(data)})
+            if objective is not None:
+                document = with_module(document, OBJECTIVE_PART)
+                files[OBJECTIVE_PART] = Path(objective)
+            return self._submit_files(document, files, name, headers)
+        if objective is not None:
+            document = with_module(document, self.upload_model(objective).id)
         body = {
             "model_id": self.upload_model(model).id if model_is_file else str(model),
             "dataset_id": data if data is None or data_is_id else self.upload_dataset(data).id,
@@ -125,13 +135,14 @@ class Client:
         )
 
     def _submit_files(
-        self, spec: dict[str, Any], model: Path, data: Path | None, name: str | None, headers: dict[str, str]
+        self, spec: dict[str, Any], paths: Mapping[str, Path], name: str | None, headers: dict[str, str]
     ) -> JobResource:
         fields = {"spec": json.dumps(spec, allow_nan=False)} | ({"name": name} if name else {})
         with ExitStack() as stack:
-            files = {"model": (model.name, stack.enter_context(model.open("rb")), "application/octet-stream")}
-            if data is not None:
-                files["data"] = (data.name, stack.enter_context(data.open("rb")), "application/octet-stream")
+            files = {
+                part: (path.name, stack.enter_context(path.open("rb")), "application/octet-stream")
+                for part, path in paths.items()
+            }
             # The multipart encoder reads each file anew from its beginning, a small chunk at a time.
             return self._transport.read(
                 JobResource,

@@ -73,6 +73,7 @@ class JobResource(Resource):
     cancel_requested: bool = False
     attempt: int
     model_id: str
+    objective_model_id: str | None = None  # the module of its loss
     dataset_id: str | None
     requested_spec: dict[str, Any]
     spec: dict[str, Any]  # resolved: defaults filled in, every `auto` that is known by now replaced

@@ -43,6 +43,7 @@ def _check_dataset(path: Path, settings: Settings) -> str:
 
 
 MODEL = FileKind("model", lambda settings: settings.max_model_bytes, _check_model)
+OBJECTIVE = FileKind("objective", lambda settings: settings.max_model_bytes, _check_model)
 DATASET = FileKind("dataset", lambda settings: settings.max_dataset_bytes, _check_dataset)
 
 

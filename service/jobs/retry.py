@@ -11,7 +11,7 @@ from service.contract.spec import parse_spec
 from service.contract.states import JobState
 from service.jobs import idempotency
 from service.jobs.read import existing_job, read_job
-from service.jobs.submit import Accepted, Submission, accept, canonical, new_job, queue_for
+from service.jobs.submit import Accepted, FilesOfJob, Submission, accept, canonical, new_job, queue_for
 from service.services import Services
 from service.store import jobs
 from service.store.checkpoints import copy_checkpoints
@@ -59,9 +59,12 @@ def _check_state(job: Job) -> None:
 
 
 def _hold_files(session: Session, job: Job) -> None:
-    """Keep the model and the dataset from being deleted until the new job names them too."""
+    """Keep the models and the dataset from being deleted until the new job names them too."""
     if get_model(session, job.model_id, job.owner, lock=True) is None:
         raise _deleted("model", job.model_id, job.id)
+    objective_id = job.objective_model_id
+    if objective_id is not None and get_model(session, objective_id, job.owner, lock=True) is None:
+        raise _deleted("model", objective_id, job.id)
     if job.dataset_id is not None and get_dataset(session, job.dataset_id, job.owner, lock=True) is None:
         raise _deleted("dataset", job.dataset_id, job.id)
 
@@ -84,8 +87,10 @@ def _insert(session: Session, services: Services, old: Job, new_id: str, *, from
         requested_spec=old.requested_spec,
         model=old.model_id,
         dataset=old.dataset_id,
+        objective=old.objective_model_id,
     )
-    job = new_job(services.settings, submission, spec, new_id, old.model_id, old.dataset_id, queue)
+    files = FilesOfJob(old.model_id, old.dataset_id, old.objective_model_id)
+    job = new_job(services.settings, submission, spec, new_id, files, queue)
     jobs.insert_job(session, replace(job, retry_of=old.id))
     begins = "from the start"
     if not from_start and job.spec_sha256 == old.spec_sha256:

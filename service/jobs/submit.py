@@ -14,6 +14,7 @@ from service.blobs.tensors import likely_inputs
 from service.contract import ids
 from service.contract.errors import ErrorCode, FieldError, ProblemError
 from service.contract.marks import mark
+from service.contract.objective_spec import OBJECTIVE_PART, with_module
 from service.contract.resolve import resolve_at_submit
 from service.contract.resources import JobResource
 from service.contract.spec import JobSpec, parse_spec
@@ -38,6 +39,16 @@ class Submission:
     requested_spec: dict[str, Any]
     model: ReceivedFile | str
     dataset: ReceivedFile | str | None
+    objective: ReceivedFile | str | None = None  # the module of the loss; an id is the spec's own
+
+
+@dataclass(frozen=True)
+class FilesOfJob:
+    """Ids of what a job reads."""
+
+    model_id: str
+    dataset_id: str | None
+    objective_model_id: str | None
 
 
 @dataclass(frozen=True)
@@ -51,6 +62,7 @@ class Accepted:
 def checked_spec(services: Services, submission: Submission) -> JobSpec:
     """Read the spec and check what can be checked before the model is loaded."""
     spec = parse_spec(submission.requested_spec)
+    _check_objective(submission, spec)
     if submission.dataset is None and spec.example_inputs is None:
         path = _model_file(services, submission)
         example = json.dumps((likely_inputs(path) if path is not None else None) or _EXAMPLE)
@@ -61,6 +73,37 @@ def checked_spec(services: Services, submission: Submission) -> JobSpec:
         error = FieldError(pointer="/example_inputs", code="missing", message=message)
         raise ProblemError(ErrorCode.EXAMPLE_INPUTS_MISSING, f"/example_inputs: {message}", errors=[error])
     return spec
+
+
+def _check_objective(submission: Submission, spec: JobSpec) -> None:
+    """Refuse a loss module that the request does not have, or that its spec does not name."""
+    named, found = spec.objective.module, submission.objective
+    if named is None and found is None:
+        return
+    if named != OBJECTIVE_PART and isinstance(found, ReceivedFile):
+        message = (
+            f"the request has a part '{OBJECTIVE_PART}', which the spec does not name; expected "
+            f'{{"objective": {{"loss": {{"module": "{OBJECTIVE_PART}"}}}}}}'
+        )
+    elif named == OBJECTIVE_PART and found is None:
+        message = (
+            f"'{OBJECTIVE_PART}' names a part of a multipart request, and there is none; send the TorchScript module "
+            "as that part, or upload it with POST /v1/models and name its id"
+        )
+    elif submission.dataset is None:
+        message = "a loss module needs data to be computed on, and the job has none; send data"
+    else:
+        return
+    error = FieldError(pointer="/objective/loss/module", code="objective", message=message)
+    raise ProblemError(ErrorCode.SPEC_INVALID, f"/objective/loss/module: {message}", errors=[error])
+
+
+def named_objective(requested_spec: Any) -> str | None:
+    """The id of the uploaded module that a spec names as its loss, if it does; the spec is checked elsewhere."""
+    objective = requested_spec.get("objective") if isinstance(requested_spec, dict) else None
+    loss = objective.get("loss") if isinstance(objective, dict) else None
+    module = loss.get("module") if isinstance(loss, dict) else None
+    return module if isinstance(module, str) and module != OBJECTIVE_PART else None
 
 
 def _model_file(services: Services, submission: Submission) -> Path | None:
@@ -90,12 +133,12 @@ def submit(services: Services, submission: Submission, key: Fresh | Replay | Non
         idempotency.check_same(key, fingerprint)
         return Accepted(read_job(services, submission.owner, key.job_id), replayed=True)
     spec = checked_spec(services, submission)
-    model_of, dataset_of = _store_files(services, submission)
+    files_of = _store_files(services, submission)
 
     def insert(session: Session, job_id: str) -> str:
-        model_id, dataset_id = model_of(session), dataset_of(session)
+        files = files_of(session)
         queue = queue_for(session, spec)
-        jobs.insert_job(session, new_job(services.settings, submission, spec, job_id, model_id, dataset_id, queue))
+        jobs.insert_job(session, new_job(services.settings, submission, spec, job_id, files, queue))
         return queue
 
     return accept(services, submission.owner, insert, key, fingerprint)
@@ -117,14 +160,20 @@ def accept(
     return accepted
 
 
-def _store_files(
-    services: Services, submission: Submission
-) -> tuple[Callable[[Session], str], Callable[[Session], str | None]]:
+def _store_files(services: Services, submission: Submission) -> Callable[[Session], FilesOfJob]:
     """Move received files into the store before the transaction, which is then short; return what finds their ids."""
-    owner, model, dataset = submission.owner, submission.model, submission.dataset
+    owner, objective = submission.owner, submission.objective
     with services.database.read() as session:
         _check_references(session, submission)
-    return _model_id(services.blobs, owner, model), _dataset_id(services.blobs, owner, dataset)
+    model_of = _model_id(services.blobs, owner, submission.model)
+    dataset_of = _dataset_id(services.blobs, owner, submission.dataset)
+    objective_of = None if objective is None else _model_id(services.blobs, owner, objective)
+
+    def ids_in(session: Session) -> FilesOfJob:
+        objective_id = None if objective_of is None else objective_of(session)
+        return FilesOfJob(model_of(session), dataset_of(session), objective_id)
+
+    return ids_in
 
 
 def _model_id(blobs: BlobStore, owner: str, model: ReceivedFile | str) -> Callable[[Session], str]:
@@ -148,18 +197,18 @@ def new_job(
     submission: Submission,
     spec: JobSpec,
     job_id: str,
-    model_id: str,
-    dataset_id: str | None,
+    files: FilesOfJob,
     queue: str,
 ) -> jobs.NewJob:
     """The job that a submission asks for, under the limits that the service has now."""
-    resolved = resolve_at_submit(spec)
+    resolved = with_module(resolve_at_submit(spec), files.objective_model_id)
     return jobs.NewJob(
         id=job_id,
         owner=submission.owner,
         name=submission.name,
-        model_id=model_id,
-        dataset_id=dataset_id,
+        model_id=files.model_id,
+        dataset_id=files.dataset_id,
+        objective_model_id=files.objective_model_id,
         requested_spec=submission.requested_spec,
         spec=resolved,
         spec_sha256=hashlib.sha256(canonical(resolved)).hexdigest(),
@@ -182,9 +231,10 @@ def queue_for(session: Session, spec: JobSpec) -> str:
 
 
 def _check_references(session: Session, submission: Submission) -> None:
-    model, dataset = submission.model, submission.dataset
-    if isinstance(model, str):
-        existing_model(session, submission.owner, model)
+    dataset = submission.dataset
+    for model in (submission.model, submission.objective):
+        if isinstance(model, str):
+            existing_model(session, submission.owner, model)
     if isinstance(dataset, str):
         existing_dataset(session, submission.owner, dataset)
 
@@ -195,7 +245,10 @@ def _fingerprint(submission: Submission) -> str:
     def said(file: ReceivedFile | str | None) -> str | None:
         return f"sha256:{file.sha256}" if isinstance(file, ReceivedFile) else file
 
-    asked = [said(submission.model), said(submission.dataset), submission.requested_spec, submission.name]
+    asked: list[object] = [said(submission.model), said(submission.dataset)]
+    asked += [submission.requested_spec, submission.name]
+    if isinstance(submission.objective, ReceivedFile):  # an id stands in the spec
+        asked.append(said(submission.objective))
     return hashlib.sha256(canonical(asked)).hexdigest()
 
 

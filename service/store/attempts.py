@@ -48,6 +48,7 @@ class Claim:
     min_gpu_memory_bytes: int | None
     model: InputFile
     dataset: InputFile | None
+    objective: InputFile | None  # the module of its loss
     checkpoints: list[CheckpointRow]  # newest first, two at most
     run_seconds_used: float  # by earlier attempts
     run_seconds_limit: float
@@ -254,6 +255,7 @@ def _claimable(queue: str, gpu_memory_bytes: int | None) -> ColumnElement[bool]:
 
 def _claim_of(session: Session, row: Job) -> Claim:
     model = session.get_one(Model, row.model_id)
+    objective = None if row.objective_model_id is None else session.get_one(Model, row.objective_model_id)
     dataset = None if row.dataset_id is None else session.get_one(Dataset, row.dataset_id)
     return Claim(
         job_id=row.id,
@@ -268,6 +270,7 @@ def _claim_of(session: Session, row: Job) -> Claim:
         min_gpu_memory_bytes=row.min_gpu_memory_bytes,
         model=_input_file(model, "torchscript"),
         dataset=None if dataset is None else _input_file(dataset, dataset.format),
+        objective=None if objective is None else _input_file(objective, "torchscript"),
         checkpoints=list_checkpoints(session, row.id),
         run_seconds_used=row.run_seconds_used,
         run_seconds_limit=row.run_seconds_limit,

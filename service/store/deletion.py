@@ -1,9 +1,9 @@
 """Deleting what owners no longer want; what a waiting or running job needs stays."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from sqlalchemy import delete, select, update
+from sqlalchemy import delete, or_, select, update
 from sqlalchemy.orm import InstrumentedAttribute, Session
 
 from service.contract.states import TERMINAL_STATES
@@ -21,6 +21,9 @@ from service.store.tables import (
 )
 from service.store.time import database_time
 
+NamingColumns = Sequence[InstrumentedAttribute[str] | InstrumentedAttribute[str | None]]
+NAMING_A_MODEL: NamingColumns = (Job.model_id, Job.objective_model_id)
+NAMING_A_DATASET: NamingColumns = (Job.dataset_id,)
 _OF_A_JOB = (Event, Attempt, Layer, RankConfiguration, IdempotencyKey)
 
 
@@ -52,12 +55,12 @@ def delete_job(session: Session, job_id: str, owner: str) -> Deleted | InUse | N
 
 def delete_model(session: Session, model_id: str, owner: str) -> Deleted | InUse | None:
     """Delete a model that no waiting or running job names; None when the owner has no such model."""
-    return _delete_upload(session, Model, Job.model_id, model_id, owner)
+    return _delete_upload(session, Model, NAMING_A_MODEL, model_id, owner)
 
 
 def delete_dataset(session: Session, dataset_id: str, owner: str) -> Deleted | InUse | None:
     """Delete a dataset that no waiting or running job names; None when the owner has no such dataset."""
-    return _delete_upload(session, Dataset, Job.dataset_id, dataset_id, owner)
+    return _delete_upload(session, Dataset, NAMING_A_DATASET, dataset_id, owner)
 
 
 def delete_artifact(session: Session, artifact_id: str, owner: str) -> Deleted | InUse | None:
@@ -87,9 +90,10 @@ def drop_jobs(session: Session, job_ids: Collection[str]) -> list[str]:
 def drop_unnamed(session: Session) -> int:
     """Delete the rows of deleted models and datasets that no job names any more; returns how many."""
     dropped = 0
-    for table, column in ((Model, Job.model_id), (Dataset, Job.dataset_id)):
-        named = select(Job.id).where(column == table.id).exists()
-        drop = delete(table).where(table.deleted_at.is_not(None), ~named).returning(table.id)
+    for table, columns in ((Model, NAMING_A_MODEL), (Dataset, NAMING_A_DATASET)):
+        named = [select(Job.id).where(column == table.id).exists() for column in columns]
+        unnamed = [~each for each in named]
+        drop = delete(table).where(table.deleted_at.is_not(None), *unnamed).returning(table.id)
         dropped += len(session.execute(drop).all())
     return dropped
 
@@ -97,7 +101,7 @@ def drop_unnamed(session: Session) -> int:
 def _delete_upload(
     session: Session,
     table: type[Model | Dataset],
-    column: InstrumentedAttribute[str] | InstrumentedAttribute[str | None],
+    columns: NamingColumns,
     row_id: str,
     owner: str,
 ) -> Deleted | InUse | None:
@@ -106,7 +110,8 @@ def _delete_upload(
     if key is None:
         return None
     # A statement of its own, after the lock: it sees the job of a submission that held the row until now.
-    waiting = select(Job.id, Job.state).where(column == row_id, Job.state.not_in(TERMINAL_STATES)).limit(1)
+    names_it = or_(*(column == row_id for column in columns))
+    waiting = select(Job.id, Job.state).where(names_it, Job.state.not_in(TERMINAL_STATES)).limit(1)
     job = session.execute(waiting).one_or_none()
     if job is not None:
         return InUse(job.id, job.state)

@@ -30,6 +30,7 @@ class NewJob:
     owner: str
     model_id: str
     dataset_id: str | None
+    objective_model_id: str | None = None  # the module of its loss
     requested_spec: dict[str, Any]  # as the user wrote it
     spec: dict[str, Any]  # with every default filled in
     spec_sha256: str
@@ -189,6 +190,7 @@ def job_resource(row: Job | Row[*tuple[Any, ...]], position: int | None) -> JobR
         attempt=row.lease_epoch,
         model_id=row.model_id,
         dataset_id=row.dataset_id,
+        objective_model_id=row.objective_model_id,
         requested_spec=row.requested_spec,
         spec=row.spec,
         result=None if row.result is None else ResultSummary.model_validate(row.result),

@@ -1,10 +1,10 @@
 """What has been kept for long enough: each rule deletes one batch, never what is in use, and may run twice at once."""
 
 from sqlalchemy import and_, delete, or_, select, update
-from sqlalchemy.orm import InstrumentedAttribute, Session
+from sqlalchemy.orm import Session
 
 from service.contract.states import TERMINAL_STATES
-from service.store.deletion import Deleted, drop_jobs
+from service.store.deletion import NAMING_A_DATASET, NAMING_A_MODEL, Deleted, NamingColumns, drop_jobs
 from service.store.tables import Artifact, Dataset, Job, Model
 from service.store.time import database_time
 
@@ -30,24 +30,24 @@ def drop_old_artifacts(session: Session, keep_seconds: float, limit: int = ROWS_
 
 def drop_old_models(session: Session, keep_seconds: float, limit: int = ROWS_AT_ONCE) -> tuple[int, Deleted]:
     """Delete models that were uploaded, and last named by a new job, so long ago, and that no job waits for."""
-    return _drop_old_uploads(session, Model, Job.model_id, keep_seconds, limit)
+    return _drop_old_uploads(session, Model, NAMING_A_MODEL, keep_seconds, limit)
 
 
 def drop_old_datasets(session: Session, keep_seconds: float, limit: int = ROWS_AT_ONCE) -> tuple[int, Deleted]:
     """Delete datasets that were uploaded, and last named by a new job, so long ago, and that no job waits for."""
-    return _drop_old_uploads(session, Dataset, Job.dataset_id, keep_seconds, limit)
+    return _drop_old_uploads(session, Dataset, NAMING_A_DATASET, keep_seconds, limit)
 
 
 def _drop_old_uploads(
     session: Session,
     table: type[Model | Dataset],
-    column: InstrumentedAttribute[str] | InstrumentedAttribute[str | None],
+    columns: NamingColumns,
     keep_seconds: float,
     limit: int,
 ) -> tuple[int, Deleted]:
     before = database_time(-keep_seconds)
     kept_by = or_(Job.state.not_in(TERMINAL_STATES), Job.created_at >= before)
-    unused = ~select(Job.id).where(and_(column == table.id, kept_by)).exists()
+    unused = and_(*(~select(Job.id).where(and_(column == table.id, kept_by)).exists() for column in columns))
     old = select(table.id).where(table.deleted_at.is_(None), table.created_at < before, unused).limit(limit)
     ids = list(session.scalars(old.with_for_update(skip_locked=True)))
     # Asked again under the lock: a submission may have named one of them since.

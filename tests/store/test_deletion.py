@@ -197,6 +197,19 @@ def test_the_row_of_a_deleted_model_goes_with_its_last_job(services, upload):
     assert upload().id != model.id
 
 
+def test_a_model_that_is_a_jobs_loss_is_used_too(services, upload):
+    loss = upload(b"a loss")
+    job_id = submit_job(services.database, objective_model_id=loss.id)
+    assert refused(delete.delete_model, services, OWNER, loss.id).code is ErrorCode.STATE_CONFLICT
+    end(services.database, job_id)
+    delete.delete_model(services, OWNER, loss.id)
+    with services.database.write() as session:
+        assert deletion.drop_unnamed(session) == 0  # the ended job keeps its id
+    delete.delete_job(services, OWNER, job_id)
+    with services.database.write() as session:
+        assert deletion.drop_unnamed(session) == 1
+
+
 def test_datasets_too(services):
     write = files.store_dataset(services.blobs, received(services, b"numbers"))
     with services.database.write() as session:
