@@ -22,7 +22,7 @@ from worker.engine.data import Dataset
 from worker.engine.data_files import open_arrays
 from worker.engine.device import choose_device
 from worker.engine.examples import example_inputs, suggestion
-from worker.engine.forward import call, call_nested, flatten, names_of
+from worker.engine.forward import call
 from worker.engine.layer_problem import UNITS, emitted_overhead_bytes
 from worker.engine.layer_rules import Decisions, apply_rules, name_parameters, size_metric
 from worker.engine.methods.context import Context, Outcome
@@ -31,10 +31,9 @@ from worker.engine.network.costs import Census, take_census
 from worker.engine.network.layers import find_layers
 from worker.engine.network.load import load_model
 from worker.engine.network.operators import reject_unsafe_operators
-from worker.engine.objective import Objective, pair_targets, resolve_loss
+from worker.engine.objectives import make_objective
 from worker.engine.observer import Observer, Saved
 from worker.engine.selection.steering import Network
-from worker.engine.teacher import Teacher
 
 FINAL_STATE = "final.safetensors"
 FINAL_PLAN = "final.json"
@@ -50,6 +49,7 @@ class Sources:
     data: Path | None
     data_format: str | None
     work_dir: Path
+    objective: Path | None = None  # the module of a loss that the user brings
 
 
 def learn(sources: Sources, spec: JobSpec, observer: Observer, saved: Saved | None = None) -> dict[str, Any]:
@@ -112,24 +112,6 @@ def open_dataset(sources: Sources, spec: JobSpec, reference: torch.jit.ScriptMod
     return dataset
 
 
-def make_objective(
-    spec: JobSpec, dataset: Dataset | None, reference: torch.jit.ScriptModule, device: torch.device
-) -> tuple[Objective, Teacher | None] | None:
-    """Make objective and teacher of a job, and hold the reference's outputs against the targets; None without data."""
-    if dataset is None:
-        return None
-    loss = resolve_loss(spec.objective, dataset)
-    resolved = spec.objective.model_copy(update={"loss": loss})
-    with torch.no_grad():
-        sample = dataset.rows("train", np.arange(min(2, dataset.size("train"))), device)
-        raw = call_nested(reference.eval(), sample.inputs)
-    prefix = spec.data.targets if isinstance(spec.data.targets, str) else ""
-    objective = Objective(resolved, pair_targets(dataset.target_names, prefix, names_of(raw)))
-    objective.check(flatten(raw), dataset)
-    teacher = Teacher(reference, dataset, device) if objective.needs_teacher else None
-    return objective, teacher
-
-
 def _context(
     sources: Sources,
     spec: JobSpec,
@@ -160,7 +142,7 @@ def _context(
             f"{network.least_size} ({network.least_size / total:.4f} of the reference's {total}): the rest is in what "
             "stays dense. Raise the budget, or let more layers or other terms be compressed",
         )
-    made = make_objective(spec, dataset, reference, device)
+    made = make_objective(spec, sources.objective, dataset, reference, device)
     context = Context(
         source=sources.model,
         spec=spec,
@@ -184,7 +166,7 @@ def _resolve_what_is_known(context: Context, examples: Sequence[Tensor]) -> None
     resolved["cost"] = spec.cost_weights().model_dump(mode="json")
     resolved["device"] = context.device.type
     if context.objective is not None:
-        resolved["objective"]["loss"] = context.objective.loss_name
+        resolved["objective"] |= context.objective.resolved
     if context.dataset is not None:
         resolved["example_inputs"] = [
             {"shape": [1, *x.shape[1:]], "dtype": str(x.dtype).removeprefix("torch."), "high": None} for x in examples

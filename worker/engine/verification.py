@@ -33,14 +33,16 @@ from worker.engine.agreement import agreement_difference, same_answers
 from worker.engine.data import Dataset
 from worker.engine.device import choose_device
 from worker.engine.emission import ARTIFACT
-from worker.engine.evaluation import Scores, evaluate, measure_latency, paired_difference
+from worker.engine.evaluation import Scores, evaluate_pair, loss_difference, measure_latency, metric_difference
 from worker.engine.examples import example_inputs
 from worker.engine.forward import call
-from worker.engine.learn import EXPECTED, FINAL_PLAN, Sources, make_objective, open_dataset
+from worker.engine.learn import EXPECTED, FINAL_PLAN, Sources, open_dataset
 from worker.engine.network.costs import count_macs, count_params
 from worker.engine.network.load import load_model
+from worker.engine.objectives import make_objective
 
 REPORT = "report.json"
+_METRICS_THAT_ARE_LOSSES = frozenset({"loss", "mse", "relative_output_error"})
 TOLERANCE = 1e-3  # of the largest output: other kernels, other order of sums; a wrong layer is off by far more
 
 
@@ -89,7 +91,7 @@ def verify(
     examples = example_inputs(spec, dataset, device)
     sizes = [_sizes(path, examples, codes) for path, codes in ((sources.model, 0), (artifact, plan["codes"]))]
     budget = _budget(spec, plan, sizes[0], sizes[1])
-    scored = _scores(spec, dataset, pair, device)
+    scored = _scores(spec, sources.objective, dataset, pair, device)
     latencies = [
         measure_latency([pair.reference, pair.compressed], examples, size)
         for size in sorted({1, spec.training.batch_size if dataset is not None else len(examples[0])})
@@ -104,9 +106,10 @@ def verify(
         params_fraction=sizes[1]["params"] / sizes[0]["params"],
         macs_fraction=sizes[1]["macs"] / max(sizes[0]["macs"], 1),
         file_bytes_fraction=artifact.stat().st_size / sources.model.stat().st_size,
-        metric_name=scored.metric_name if scored else None,
+        metric_name=scored.compressed.metric_of.name if scored else None,
+        higher_is_better=scored.compressed.metric_of.higher_is_better if scored else None,
         report_part=scored.part if scored else None,
-        report_samples=len(scored.reference.losses) if scored else 0,
+        report_samples=int(scored.reference.samples.sum()) if scored else 0,
         differences=scored.differences() if scored else [],
         fidelity=Fidelity(
             max_abs_difference_to_trained=difference,
@@ -143,7 +146,6 @@ def _versions() -> dict[str, str]:
 class Scored:
     """Scores of both networks on the report part."""
 
-    metric_name: str
     part: str
     reference: Scores
     compressed: Scores
@@ -151,9 +153,9 @@ class Scored:
 
     def differences(self) -> list[PairedDifference]:
         """Metric and loss, compressed minus reference, with their intervals."""
-        made = [paired_difference(self.metric_name, self.compressed.metrics, self.reference.metrics)]
-        if self.metric_name == "accuracy":
-            made.append(paired_difference("loss", self.compressed.losses, self.reference.losses))
+        made = [metric_difference(self.compressed, self.reference)]
+        if made[0].name not in _METRICS_THAT_ARE_LOSSES:
+            made.append(loss_difference(self.compressed, self.reference))
         return made if self.agreement is None else [*made, self.agreement]
 
 
@@ -234,19 +236,20 @@ def _budget(
     )
 
 
-def _scores(spec: JobSpec, dataset: Dataset | None, pair: Pair, device: torch.device) -> Scored | None:
+def _scores(
+    spec: JobSpec, module: Path | None, dataset: Dataset | None, pair: Pair, device: torch.device
+) -> Scored | None:
     """Score both networks on the report part, which nothing was chosen on."""
-    made = make_objective(spec, dataset, pair.reference, device)
+    made = make_objective(spec, module, dataset, pair.reference, device)
     if dataset is None or made is None:
         return None
     objective, teacher = made
-    reference = evaluate(pair.reference, dataset, "report", objective, teacher, device)
-    compressed = evaluate(pair.compressed, dataset, "report", objective, teacher, device)
+    compressed, reference = evaluate_pair(pair.compressed, pair.reference, dataset, objective, teacher, device)
     part = "test" if dataset.report_is_test else "report"
     agreement = None
     if objective.loss_name == "distillation" and teacher is not None:
         agreement = agreement_difference(pair.compressed, dataset, objective, teacher, device)
-    return Scored(objective.metric_name, part, reference, compressed, agreement)
+    return Scored(part, reference, compressed, agreement)
 
 
 def _against_reference(
