@@ -1,0 +1,107 @@
+"""Weight decay on products: the gradient of what it says, and its place in an update."""
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from service.contract.spec import DataSpec, SgdSpec, Training
+from service.contract.spec import Objective as ObjectiveSpec
+from worker.engine.course import Course
+from worker.engine.data import Dataset
+from worker.engine.decay import ProductDecay
+from worker.engine.objective import Objective
+from worker.engine.training import Trainer
+
+CPU = torch.device("cpu")
+DECAY = 0.3
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "product"),
+    [
+        (nn.Linear(7, 3, bias=False), nn.Linear(3, 5), lambda v, u: u @ v),
+        (
+            nn.Conv2d(4, 3, 3, bias=False),
+            nn.Conv2d(3, 5, 1),
+            lambda v, u: torch.einsum("nr,rcyx->ncyx", u[:, :, 0, 0], v),
+        ),
+        (
+            nn.Conv2d(4, 3, (1, 3), bias=False),
+            nn.Conv2d(3, 5, (3, 1)),
+            lambda v, u: torch.einsum("nry,rcx->ncyx", u[..., 0], v[:, :, 0]),
+        ),
+    ],
+)
+def test_the_gradient_is_that_of_the_dense_weights_decay(first: nn.Module, second: nn.Module, product: Any) -> None:
+    dense = product(first.weight, second.weight)
+    (0.5 * DECAY * dense.square().sum()).backward()
+    wanted = [first.weight.grad.clone(), second.weight.grad.clone()]
+    first.weight.grad, second.weight.grad = None, torch.ones_like(second.weight)
+    decay = ProductDecay([(second.weight, first.weight)], DECAY)
+    decay.add_gradient()
+    assert torch.allclose(first.weight.grad, wanted[0], atol=1e-5)
+    assert torch.allclose(second.weight.grad, wanted[1] + 1, atol=1e-5)
+    assert decay.value() == pytest.approx(0.5 * DECAY * float(dense.detach().square().sum()), rel=1e-5)
+
+
+class Chain(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Sequential(nn.Linear(6, 2, bias=False), nn.Linear(2, 8))
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(torch.relu(self.layer(x)))
+
+
+def trainer_on(spec: SgdSpec) -> Trainer:
+    torch.manual_seed(0)
+    buffer = io.BytesIO()
+    torch.jit.save(torch.jit.script(Chain()), buffer)
+    buffer.seek(0)
+    random = np.random.default_rng(0)
+    x = random.standard_normal((30, 6)).astype(np.float32)
+    data = Dataset({"inputs": x, "targets": random.integers(0, 3, 30)}, DataSpec(), 0, ["x"])
+    objective = Objective(ObjectiveSpec(loss="cross_entropy", distillation=0.0))
+    pairs = [("layer.1.weight", "layer.0.weight")]
+    return Trainer(
+        torch.jit.load(buffer), data, objective, None, Training(optimizer=spec, batch_size=64), 0, CPU, pairs
+    )
+
+
+def test_an_update_decays_the_product_and_everything_else_as_ever(tmp_path: Path) -> None:
+    spec = SgdSpec(lr=0.1, momentum=0.0, nesterov=False, weight_decay=DECAY, weight_decay_on="product")
+    trainer = trainer_on(spec)
+    net = Chain()
+    net.load_state_dict(trainer.module.state_dict())
+    course = Course.begin(trainer, 0.1)
+    course.epoch((1,))
+    batch = trainer.dataset.rows("train", np.arange(trainer.dataset.size("train")), CPU)
+    loss = F.cross_entropy(net(batch.inputs[0]), batch.targets[0])
+    product = net.layer[1].weight @ net.layer[0].weight
+    others = [net.layer[1].bias, net.head.weight, net.head.bias]
+    (loss + 0.5 * DECAY * (product.square().sum() + sum(each.square().sum() for each in others))).backward()
+    for name, parameter in net.named_parameters():
+        made = dict(trainer.module.named_parameters())[name]
+        assert torch.allclose(made, parameter - 0.1 * parameter.grad, atol=1e-6), name
+
+
+def test_momenta_are_saved_by_name_in_both_groups() -> None:
+    spec = SgdSpec(lr=0.1, weight_decay=DECAY, weight_decay_on="product")
+    course = Course.begin(trainer_on(spec), 0.1)
+    assert len(course.optimizer.param_groups) == 2
+    course.epoch((1,))
+    saved = course.save()
+    again = Course.begin(trainer_on(spec), 0.1)
+    again.load(saved)
+    for name, parameter in course.trainer.module.named_parameters():
+        other = dict(again.trainer.module.named_parameters())[name]
+        one, two = (c.optimizer.state[p]["momentum_buffer"] for c, p in ((course, parameter), (again, other)))
+        assert torch.equal(one, two), name
+    assert len(Course.begin(trainer_on(SgdSpec(lr=0.1, weight_decay=DECAY)), 0.1).optimizer.param_groups) == 1
