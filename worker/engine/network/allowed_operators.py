@@ -79,8 +79,8 @@ _STRINGS_AND_CONTAINERS = """
 
 # Conversions to Python numbers, questions about tensors, warnings, grad mode.
 _SCALARS_AND_STATE = """
-    Bool Complex ComplexImplicit Float FloatImplicit Int IntImplicit ScalarImplicit Size can_cast data detach device
-    dim divmod element_size equal fabs factorial floordiv gamma gcd get_autocast_dtype get_device grad
+    Bool Complex ComplexImplicit Float FloatImplicit Int IntImplicit ScalarImplicit Size _version can_cast data detach
+    device dim divmod element_size equal fabs factorial floordiv gamma gcd get_autocast_dtype get_device grad
     has_torch_function is_autocast_cpu_enabled is_autocast_enabled is_complex is_conj is_contiguous
     is_floating_point is_grad_enabled is_inference is_leaf is_neg is_non_overlapping_and_dense is_nonzero is_pinned
     is_same_size is_scripting is_signed manual_seed mathremainder modf numel promote_types radians requires_grad_
