@@ -21,7 +21,7 @@ from service.contract.spec import parse_spec
 from worker.engine.emission import emit
 from worker.engine.learn import EXPECTED, Sources
 from worker.engine.network.costs import count_macs, count_params
-from worker.engine.network.inventory import find_layers
+from worker.engine.network.layers import find_layers
 from worker.engine.network.load import load_model
 from worker.engine.verification import verify
 
