@@ -252,7 +252,7 @@ def test_micro_batches_stay_halved(tmp_path: Path, monkeypatch: pytest.MonkeyPat
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         return call(net, inputs)
 
-    monkeypatch.setattr(training, "call", small)
+    monkeypatch.setattr(training, "call_nested", small)
     job = Job.make("convnet", tmp_path)
     whole, _ = job.whole()
     saved, _ = job.left_at(1)

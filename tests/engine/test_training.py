@@ -99,7 +99,7 @@ def test_micro_batches_add_up_to_the_batch(tmp_path: Path, monkeypatch: pytest.M
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         return call(net, inputs)
 
-    monkeypatch.setattr(training, "call", small)
+    monkeypatch.setattr(training, "call_nested", small)
     halved = make_trainer(tmp_path)
     halved.epoch(halved.optimizer(0.05), PLACE)
     assert sizes[:3] == [32, 16, 8]
@@ -116,7 +116,7 @@ def test_a_quarter_that_does_not_fit_fails(batch_size: int, tmp_path: Path, monk
         sizes.append(len(inputs[0]))
         raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")
 
-    monkeypatch.setattr(training, "call", never)
+    monkeypatch.setattr(training, "call_nested", never)
     trainer = make_trainer(tmp_path, batch_size)
     with pytest.raises(ProblemError) as caught:
         trainer.epoch(trainer.optimizer(0.05), PLACE)
@@ -132,7 +132,7 @@ def test_other_errors_are_not_taken_for_want_of_memory(tmp_path: Path, monkeypat
     def wrong(*_: Any) -> None:
         raise RuntimeError("something else")
 
-    monkeypatch.setattr(training, "call", wrong)
+    monkeypatch.setattr(training, "call_nested", wrong)
     with pytest.raises(RuntimeError, match="something else"):
         trainer.epoch(trainer.optimizer(0.05), PLACE)
 
