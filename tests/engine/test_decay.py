@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tiny_jobs import ConvNet, save_model
 from torch import nn
 from torch.nn import functional as F
 
@@ -14,7 +15,10 @@ from service.contract.spec import DataSpec, SgdSpec, Training
 from service.contract.spec import Objective as ObjectiveSpec
 from worker.engine.course import Course
 from worker.engine.data import Dataset
-from worker.engine.decay import ProductDecay
+from worker.engine.decay import ProductDecay, factor_pairs
+from worker.engine.forms.modules import ComposedWeight, SumOfBranches
+from worker.engine.network.load import load_model, reload
+from worker.engine.network.replace import Replacement, replace_layers
 from worker.engine.objective import Objective
 from worker.engine.training import Trainer
 
@@ -53,11 +57,11 @@ def test_the_gradient_is_that_of_the_dense_weights_decay(first: nn.Module, secon
 class Chain(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.layer = nn.Sequential(nn.Linear(6, 2, bias=False), nn.Linear(2, 8))
+        self.layer__factors = nn.Sequential(nn.Linear(6, 2, bias=False), nn.Linear(2, 8))
         self.head = nn.Linear(8, 3)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.head(torch.relu(self.layer(x)))
+        return self.head(torch.relu(self.layer__factors(x)))
 
 
 def trainer_on(spec: SgdSpec) -> Trainer:
@@ -69,10 +73,7 @@ def trainer_on(spec: SgdSpec) -> Trainer:
     x = random.standard_normal((30, 6)).astype(np.float32)
     data = Dataset({"inputs": x, "targets": random.integers(0, 3, 30)}, DataSpec(), 0, ["x"])
     objective = Objective(ObjectiveSpec(loss="cross_entropy", distillation=0.0))
-    pairs = [("layer.1.weight", "layer.0.weight")]
-    return Trainer(
-        torch.jit.load(buffer), data, objective, None, Training(optimizer=spec, batch_size=64), 0, CPU, pairs
-    )
+    return Trainer(torch.jit.load(buffer), data, objective, None, Training(optimizer=spec, batch_size=64), 0, CPU)
 
 
 def test_an_update_decays_the_product_and_everything_else_as_ever(tmp_path: Path) -> None:
@@ -84,8 +85,8 @@ def test_an_update_decays_the_product_and_everything_else_as_ever(tmp_path: Path
     course.epoch((1,))
     batch = trainer.dataset.rows("train", np.arange(trainer.dataset.size("train")), CPU)
     loss = F.cross_entropy(net(batch.inputs[0]), batch.targets[0])
-    product = net.layer[1].weight @ net.layer[0].weight
-    others = [net.layer[1].bias, net.head.weight, net.head.bias]
+    product = net.layer__factors[1].weight @ net.layer__factors[0].weight
+    others = [net.layer__factors[1].bias, net.head.weight, net.head.bias]
     (loss + 0.5 * DECAY * (product.square().sum() + sum(each.square().sum() for each in others))).backward()
     for name, parameter in net.named_parameters():
         made = dict(trainer.module.named_parameters())[name]
@@ -105,3 +106,23 @@ def test_momenta_are_saved_by_name_in_both_groups() -> None:
         one, two = (c.optimizer.state[p]["momentum_buffer"] for c, p in ((course, parameter), (again, other)))
         assert torch.equal(one, two), name
     assert len(Course.begin(trainer_on(SgdSpec(lr=0.1, weight_decay=DECAY)), 0.1).optimizer.param_groups) == 1
+
+
+def test_the_pairs_of_a_factored_network(tmp_path: Path) -> None:
+    module = load_model(save_model(tmp_path / "model.pt", ConvNet()))
+    chain = nn.Sequential(nn.Conv2d(2, 3, (1, 3), padding=(0, 1), bias=False), nn.Conv2d(3, 8, (3, 1), padding=(1, 0)))
+    composed = ComposedWeight(
+        torch.zeros(12, 2), torch.zeros(2, 72), permuted=[12, 8, 3, 3], inverse=[0, 1, 2, 3], weight_shape=[12, 8, 3, 3]
+    )
+    sums = SumOfBranches([nn.Sequential(nn.Linear(192, r, bias=False), nn.Linear(r, 4, bias=False)) for r in (1, 2)])
+    replace_layers(module, {"conv1": chain, "conv2": Replacement(weight=composed), "fc": sums})
+    network = reload(module, CPU)
+    names = {id(parameter): name for name, parameter in network.named_parameters()}
+    found = [(names[id(left)], names[id(right)]) for left, right in factor_pairs(network)]
+    assert found == [
+        ("conv1__factors.1.weight", "conv1__factors.0.weight"),
+        ("conv2__weight.left", "conv2__weight.right"),
+        ("fc__factors.branches.0.1.weight", "fc__factors.branches.0.0.weight"),
+        ("fc__factors.first.1.weight", "fc__factors.first.0.weight"),
+    ]
+    assert factor_pairs(load_model(tmp_path / "model.pt")) == []

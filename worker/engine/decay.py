@@ -6,6 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+_OPERATORS = {"Linear", "Conv1d", "Conv2d", "Conv3d"}  # whose weight is (outputs, inputs, …)
+_EMITTED = ("__factors", "__weight")  # in the names under which the factored network holds what layers became
+
 
 @dataclass(frozen=True)
 class ProductDecay:
@@ -44,3 +47,39 @@ class ProductDecay:
 
 def _matrices(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     return left.movedim(1, -1).reshape(-1, left.shape[1]), right.reshape(right.shape[0], -1)
+
+
+def factor_pairs(module: torch.jit.ScriptModule) -> list[tuple[Tensor, Tensor]]:
+    """Parameters (U, V) of a factored network's layers whose weight is the matrix product U V.
+
+    These are two linear layers or ungrouped convolutions in a chain, and weights composed of two matrices. Other forms
+    (depthwise, Kronecker, grouped, transposed, quantized) are left out: their parameters decay as those of any layer.
+    """
+    pairs: list[tuple[Tensor, Tensor]] = []
+    for name, part in module.named_modules():
+        if not any(mark in name.partition(".")[0] for mark in _EMITTED):
+            continue
+        children = dict(part.named_children())
+        own: dict[str, Tensor] = dict(part.named_parameters(recurse=False))
+        if list(children) == ["0", "1"] and all(_class_of(each) in _OPERATORS for each in children.values()):
+            held = (dict(children["1"].named_parameters()), dict(children["0"].named_parameters()))
+            pair = (held[0].get("weight"), held[1].get("weight"))
+        else:
+            pair = (own.get("left"), own.get("right"))
+        left, right = pair
+        if left is not None and right is not None and _multiply(left, right):
+            pairs.append((left, right))
+    return pairs
+
+
+def _class_of(module: torch.nn.Module) -> str:
+    return str(getattr(module, "original_name", type(module).__name__))
+
+
+def _multiply(left: Tensor, right: Tensor) -> bool:
+    return (
+        left.requires_grad
+        and right.requires_grad
+        and min(left.dim(), right.dim()) >= 2
+        and (left.shape[1] == right.shape[0])
+    )

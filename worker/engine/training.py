@@ -12,7 +12,7 @@ from service.contract.errors import ErrorCode, ProblemError
 from service.contract.spec import Training
 from worker.engine.augmentation import Augmenter, Moves
 from worker.engine.data import Batch, Dataset, epoch_order
-from worker.engine.decay import ProductDecay
+from worker.engine.decay import ProductDecay, factor_pairs
 from worker.engine.device import restore_random_states
 from worker.engine.forward import call_nested, out_of_memory
 from worker.engine.objective import Objective
@@ -131,8 +131,6 @@ class Trainer:
         Of the order of samples, of dropout and of augmentation.
     device : torch.device
         Where the network stands.
-    pairs : sequence of (str, str)
-        Names of parameters U and V of factored layers, on whose product the weight decay may be; see `ProductDecay`.
     """
 
     module: torch.jit.ScriptModule
@@ -142,7 +140,6 @@ class Trainer:
     spec: Training
     seed: int
     device: torch.device
-    pairs: Sequence[tuple[str, str]] = ()
     precision: Precision = field(init=False)
     micro_batch_size: int = field(init=False)
     updates_per_epoch: int = field(init=False)
@@ -168,10 +165,13 @@ class Trainer:
         return min(self.batch_size, self.dataset.size("train"))
 
     def named_groups(self) -> list[list[tuple[str, Tensor]]]:
-        """Trainable parameters as the optimiser's groups have them: factors under product decay are the second."""
-        apart = {name for pair in self.pairs for name in pair} if self._decay is not None else set()
+        """Trainable parameters as the optimiser's groups have them: factors under product decay are the last."""
+        apart = {id(each) for pair in self._decay.pairs for each in pair} if self._decay is not None else set()
         named: list[tuple[str, Tensor]] = [each for each in self.module.named_parameters() if each[1].requires_grad]
-        groups = [[each for each in named if each[0] not in apart], [each for each in named if each[0] in apart]]
+        groups = [
+            [each for each in named if id(each[1]) not in apart],
+            [each for each in named if id(each[1]) in apart],
+        ]
         return [group for group in groups if group]
 
     def optimizer(self, learning_rate: float) -> torch.optim.SGD:
@@ -189,10 +189,10 @@ class Trainer:
 
     def _product_decay(self) -> ProductDecay | None:
         spec = self.spec.optimizer
-        if not self.pairs or spec.weight_decay == 0 or spec.weight_decay_on == "factors":
+        if spec.weight_decay == 0 or spec.weight_decay_on == "factors":
             return None
-        named: dict[str, Tensor] = dict(self.module.named_parameters())
-        return ProductDecay([(named[left], named[right]) for left, right in self.pairs], spec.weight_decay)
+        pairs = factor_pairs(self.module)
+        return ProductDecay(pairs, spec.weight_decay) if pairs else None
 
     def epoch(
         self,
