@@ -9,6 +9,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from worker.engine.network.layers import Layer
+from worker.engine.network.replace import Replacement
+
+
+class Halves(nn.Module):
+    """A weight as the sum of two stored halves."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.left = nn.Parameter(weight.detach() * 0.25)
+        self.right = nn.Parameter(weight.detach() * 0.75)
+
+    def forward(self) -> Tensor:
+        return self.left + self.right
 
 
 class Mlp(nn.Module):
@@ -202,7 +215,7 @@ class Normed(nn.Module):
 
 
 class ManyKinds(nn.Module):
-    """What stays dense, each with its reason."""
+    """An operator of every kind, and what stays dense."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -260,8 +273,14 @@ CASES: dict[str, Case] = {
     "tuple_output": Case(TupleOutput, _rows(5), True, ("fc",)),
     "same_padding": Case(SamePadding, _images(9), True, ("same", "valid", "reflect")),
     "several_methods": Case(SeveralMethods, _images(7), False, ("conv", "head")),
-    "shared": Case(Shared, _rows(6, 6), True, ("free",)),
-    "many_kinds": Case(ManyKinds, _tokens, True, ()),
+    "shared": Case(Shared, _rows(6, 6), True, ("fc", "first", "free")),
+    "many_kinds": Case(
+        ManyKinds,
+        _tokens,
+        True,
+        ("embedding", "lstm.weight_ih_l0", "lstm.weight_hh_l0")
+        + ("conv1d", "grouped", "up", "half_step", "projection"),
+    ),
 }
 
 
@@ -282,10 +301,23 @@ def build(name: str, how: str) -> bytes:
     return saved(torch.jit.trace(model.eval(), inputs, strict=False))
 
 
-def factor_pair(layer: Layer, state: dict[str, Tensor], rank: int | None = None) -> nn.Sequential:
-    """Two layers whose product is the weight (cut to `rank` if one is given), from its singular values."""
+def factor_pair(layer: Layer, state: dict[str, Tensor], rank: int | None = None) -> nn.Module | Replacement:
+    """Two layers that do what one did, cut to `rank` if one is given; a composed weight where there is no operator."""
     assert layer.weight is not None
     weight = state[layer.weight].detach()
+    if layer.kind == "parameter":
+        return Replacement(weight=Halves(weight))
+    if layer.kind in {"linear", "conv2d"} and layer.groups == 1 and layer.padding != "same":
+        return _svd_pair(layer, weight, state, rank)
+    pair = _identity_pair(layer, weight)
+    with torch.no_grad():
+        pair[0].weight.copy_(weight.t() if layer.kind == "matmul" else weight)
+        if layer.bias is not None:
+            pair[1].bias.copy_(state[layer.bias])
+    return pair.to(weight.dtype)
+
+
+def _svd_pair(layer: Layer, weight: Tensor, state: dict[str, Tensor], rank: int | None) -> nn.Sequential:
     u, s, vh = torch.linalg.svd(weight.reshape(weight.shape[0], -1).double(), full_matrices=False)
     rank = len(s) if rank is None else min(rank, len(s))
     left, right = (u[:, :rank] * s[:rank]).to(weight.dtype), vh[:rank].to(weight.dtype)
@@ -307,3 +339,32 @@ def factor_pair(layer: Layer, state: dict[str, Tensor], rank: int | None = None)
         if layer.bias is not None:
             pair[1].bias.copy_(state[layer.bias])
     return pair.to(weight.dtype)
+
+
+def _identity_pair(layer: Layer, weight: Tensor) -> nn.Sequential:
+    biased = layer.bias is not None
+    if layer.kind in {"embedding", "matmul"}:
+        rows, width = weight.shape
+        first = nn.Embedding(rows, width) if layer.kind == "embedding" else nn.Linear(rows, width, bias=False)
+        second: nn.Module = nn.Linear(width, width, bias=False)
+        nn.init.eye_(second.weight)
+        return nn.Sequential(first, second)
+    axes, transposed = int(layer.kind[-2]), layer.kind.startswith("conv_transpose")
+    name = ("ConvTranspose" if transposed else "Conv") + f"{axes}d"
+    channels = (weight.shape[0], weight.shape[1] * layer.groups)
+    outputs, inputs = channels[::-1] if transposed else channels
+    more = {"output_padding": layer.output_padding} if transposed else {}
+    first = getattr(nn, name)(
+        inputs,
+        outputs,
+        tuple(weight.shape[2:]),
+        layer.stride,
+        layer.padding,
+        dilation=layer.dilation,
+        groups=layer.groups,
+        bias=False,
+        **more,
+    )
+    second = getattr(nn, f"Conv{axes}d")(outputs, outputs, 1, bias=biased)
+    nn.init.dirac_(second.weight)
+    return nn.Sequential(first, second)

@@ -2,24 +2,12 @@ import io
 
 import pytest
 import torch
-from network_corpus import CASES, build, saved
+from network_corpus import CASES, Halves, build, saved
 from torch import Tensor, nn
 
 from worker.engine.network.export import export_bytes
 from worker.engine.network.load import load_model, reload
 from worker.engine.network.replace import Replacement, replace_layers
-
-
-class Halves(nn.Module):
-    """A weight as the sum of two stored halves."""
-
-    def __init__(self, weight: Tensor) -> None:
-        super().__init__()
-        self.left = nn.Parameter(weight.detach() * 0.25)
-        self.right = nn.Parameter(weight.detach() * 0.75)
-
-    def forward(self) -> Tensor:
-        return self.left + self.right
 
 
 class NoBranch(nn.Module):

@@ -4,7 +4,16 @@ from collections.abc import Iterator, Mapping
 
 import torch
 
-from worker.engine.network.graphs import Block, Graph, Node, Value, attribute, attribute_chain, self_value
+from worker.engine.network.graphs import (
+    Block,
+    Graph,
+    Node,
+    Value,
+    attribute,
+    attribute_chain,
+    constant_before,
+    self_value,
+)
 
 # A node with the blocks around it, outermost first: (the node that owns the block, which of its blocks).
 _Path = tuple[tuple[Node, int], ...]
@@ -149,7 +158,6 @@ def _get_attributes(module: torch.jit.ScriptModule, graph: Graph, root: Value, c
 
 
 def _get_item(graph: Graph, node: Node, index: int) -> Node:
-    graph.setInsertPoint(node)
-    item = graph.create("aten::__getitem__", [node.output(), graph.insertConstant(index)], 1)
+    item = graph.create("aten::__getitem__", [node.output(), constant_before(graph, node, index)], 1)
     item.output().setType(torch._C.TensorType.get())
     return item

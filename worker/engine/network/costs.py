@@ -12,10 +12,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from service.contract.errors import ErrorCode, ProblemError
 from service.contract.plan import ReasonCode
 from worker.engine.forward import out_of_memory
-from worker.engine.network.graphs import Graph, Value, method_names, open_graph, read_graph
-from worker.engine.network.layers import Layer, Shape, count_distinct, layers_of
+from worker.engine.network.graphs import Graph, Node, Value, constant_before
+from worker.engine.network.layers import Inventory, Layer, take_inventory
 from worker.engine.network.load import reload, trim_reason
-from worker.engine.network.sites import Site, all_parameters, scan_methods
+from worker.engine.network.operator_sites import Site, key_of
+from worker.engine.network.parameters import Shape, all_parameters, count_distinct
+from worker.engine.network.sites import open_plain, scan_methods
 
 # A slice of everything, written with an end that no honest program uses, leaves its tensor as it is and shows up in
 # the dispatcher with the number of the layer and whether the layer begins or ends.
@@ -45,12 +47,16 @@ class Census:
         numel over all parameters; one that is shared counts once.
     output : object
         The structure of the output: {"type": "tensor", "shape": [...], "dtype": ...}, and lists and maps of such.
+    parameters : list of Layer
+        Every floating parameter of at least two axes as a layer of kind "parameter", whatever reads it; `owner` names
+        the layer that counts it. MACs are the owner's where the parameter is its weight, else 0.
     """
 
     layers: list[Layer]
     total_macs: int
     total_params: int
     output: dict[str, Any] = field(default_factory=dict)
+    parameters: list[Layer] = field(default_factory=list)
 
 
 def take_census(module: torch.jit.ScriptModule, example_inputs: Sequence[torch.Tensor]) -> Census:
@@ -76,12 +82,11 @@ def take_census(module: torch.jit.ScriptModule, example_inputs: Sequence[torch.T
         `OUT_OF_MEMORY`.
     """
     copy = reload(module)
-    methods = scan_methods(copy, {name: read_graph(copy, name) for name in method_names(copy)})
-    layers = layers_of(copy, methods)
-    sites = scan_methods(copy, {"forward": open_graph(copy, "forward")})["forward"]
-    marked = [site for site in sites.sites if site.input_at is not None]
+    methods = scan_methods(copy, open_plain(copy, fused=False))
+    inventory = take_inventory(copy, methods)
+    marked = _watchable(methods["forward"].sites)
     for number, site in enumerate(marked):
-        _mark(sites.graph, site, number)
+        _mark(methods["forward"].graph, site, number)
     log, watched = _CallLog(), True
     try:
         output, flops = _run(reload(copy), example_inputs, log)
@@ -90,18 +95,22 @@ def take_census(module: torch.jit.ScriptModule, example_inputs: Sequence[torch.T
             raise
         # A mark fails on a tensor without dimensions; whether the model itself fails is what matters.
         log, watched = _CallLog(), False
-        output, flops = _run(reload(module), example_inputs, log)
-    records: dict[str, list[_Call]] = {site.layer: [] for site in marked} | log.by_layer(marked)
+        output, flops = _run(_plain_copy(module), example_inputs, log)
+    records = _by_layer(log.calls, marked, inventory)
+    layers = [_with_calls(layer, records.get(layer.name), watched=watched) for layer in inventory.layers]
     return Census(
-        layers=[_with_calls(layer, records.get(layer.name), watched=watched) for layer in layers],
+        layers=layers,
         total_macs=flops // 2,
         total_params=count_params(module),
         output=describe_output(output),
+        parameters=[_as_its_owner(parameter, layers) for parameter in inventory.parameters],
     )
 
 
 def count_macs(module: torch.jit.ScriptModule, example_inputs: Sequence[torch.Tensor]) -> int:
     """Count the multiply-adds of one forward, as torch.utils.flop_counter's total / 2.
+
+    Attention is counted on its unfused path: the counter has no formula for the fused operators.
 
     Parameters
     ----------
@@ -120,7 +129,7 @@ def count_macs(module: torch.jit.ScriptModule, example_inputs: Sequence[torch.Te
     ProblemError
         As `take_census`.
     """
-    return _run(reload(module), example_inputs, _CallLog())[1] // 2
+    return _run(_plain_copy(module), example_inputs, _CallLog())[1] // 2
 
 
 def count_params(module: torch.jit.ScriptModule) -> int:
@@ -175,27 +184,61 @@ class _CallLog(TorchDispatchMode):  # type: ignore[no-untyped-call]
             input_shape, before = self._open.pop(number)
             self.calls.append(_Call(number, input_shape, shape, (flops - before) // 2))
 
-    def by_layer(self, marked: Sequence[Site]) -> dict[str, list[_Call]]:
-        """Gather the calls by layer name, in the order in which they ran."""
-        found: dict[str, list[_Call]] = {}
-        for call in self.calls:
-            found.setdefault(marked[call.number].layer, []).append(call)
-        return found
+
+def _plain_copy(module: torch.jit.ScriptModule) -> torch.jit.ScriptModule:
+    copy = reload(module)
+    open_plain(copy, fused=False)
+    return reload(copy)
+
+
+def _watchable(sites: Sequence[Site]) -> list[Site]:
+    """Sites with one input and one output, one for each operator."""
+    found = {key_of(site.node): site for site in reversed(sites) if site.input_at is not None}
+    return [site for site in sites if found.get(key_of(site.node)) is site]
+
+
+def _by_layer(calls: Sequence[_Call], marked: Sequence[Site], inventory: Inventory) -> dict[str, list[_Call]]:
+    """Gather the calls by layer name, in the order in which they ran; several weights of one operator share its work.
+
+    The shares of a call are by the weights' sizes, and add up to the call's multiply-adds.
+    """
+    shares = [inventory.shares(site) for site in marked]
+    found: dict[str, list[_Call]] = {name: [] for each in shares for name, _ in each}
+    for call in calls:
+        left, weight_left = call.macs, sum(weight for _, weight in shares[call.number])
+        for name, weight in shares[call.number]:
+            part = left * weight // max(weight_left, 1)
+            found[name].append(_Call(call.number, call.input_shape, call.output_shape, part))
+            left, weight_left = left - part, weight_left - weight
+    return found
+
+
+def _as_its_owner(parameter: Layer, layers: Sequence[Layer]) -> Layer:
+    owner = next((layer for layer in layers if layer.name == parameter.owner), None)
+    if owner is None or owner.weight != parameter.weight:
+        return replace(parameter, macs=0)
+    missing = {ReasonCode.NOT_EXECUTED} & {owner.reason}
+    return replace(
+        parameter,
+        macs=owner.macs or 0,
+        calls=owner.calls,
+        call_shapes=owner.call_shapes,
+        reason=parameter.reason or (missing.pop() if missing else None),
+    )
 
 
 def _mark(graph: Graph, site: Site, number: int) -> None:
-    graph.setInsertPoint(site.node)
-    begins = _whole_slice(graph, site.input, _MARK - 2 * number)
+    begins = _whole_slice(graph, site.node, site.input, _MARK - 2 * number)
     begins.insertBefore(site.node)
     site.node.replaceInput(site.input_at, begins.output())
-    ends = _whole_slice(graph, site.output, _MARK - 2 * number - 1)
+    ends = _whole_slice(graph, site.node, site.output, _MARK - 2 * number - 1)
     ends.insertAfter(site.node)
     site.output.replaceAllUsesWith(ends.output())
     ends.replaceInput(0, site.output)
 
 
-def _whole_slice(graph: Graph, value: Value, end: int) -> Any:
-    zero, one, last = (graph.insertConstant(number) for number in (0, 1, end))
+def _whole_slice(graph: Graph, before: Node, value: Value, end: int) -> Node:
+    zero, one, last = (constant_before(graph, before, number) for number in (0, 1, end))
     node = graph.create("aten::slice", [value, zero, zero, last, one], 1)
     node.output().setType(value.type())
     return node
@@ -238,8 +281,9 @@ def _forward_problem(error: Exception, example_inputs: Sequence[torch.Tensor]) -
 
 
 def _with_calls(layer: Layer, calls: list[_Call] | None, *, watched: bool) -> Layer:
-    if not watched:  # a mark failed: no layer could be watched
-        return replace(layer, reason=layer.reason or ReasonCode.COST_UNKNOWN)
+    whole = layer.kind == "parameter"
+    if not watched or (calls is None and whole):  # a mark failed, or there was no place for one
+        return replace(layer, macs=0 if whole else None, reason=layer.reason or _unknown(layer))
     if calls is None:
         return replace(layer, reason=layer.reason or ReasonCode.NOT_EXECUTED)
     if not calls:
@@ -251,5 +295,10 @@ def _with_calls(layer: Layer, calls: list[_Call] | None, *, watched: bool) -> La
         calls=len(calls),
         # Some recurrent kernels are one operator that the counter has no formula for.
         macs=None if macs == 0 and layer.kind in _RECURRENT else macs,
-        reason=layer.reason or (ReasonCode.COST_UNKNOWN if macs == 0 else None),
+        reason=layer.reason or (_unknown(layer) if macs == 0 else None),
     )
+
+
+def _unknown(layer: Layer) -> ReasonCode | None:
+    """Why a layer without a count stays dense; tables and composed weights need none."""
+    return None if layer.kind in {"embedding", "parameter"} else ReasonCode.COST_UNKNOWN

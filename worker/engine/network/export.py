@@ -9,7 +9,7 @@ import torch
 
 from worker.engine.network.graphs import attribute, attribute_chain, method_names, read_graph, self_value, walk
 from worker.engine.network.load import reload
-from worker.engine.network.sites import all_parameters
+from worker.engine.network.parameters import all_parameters
 
 _CLASS = re.compile(r"^class (\w+)\(Module\):$")
 _ATTRIBUTE = re.compile(r'^  (?:(\w+) : |__annotations__\["([^"]+)"\] = )(.+)$')

@@ -52,6 +52,17 @@ def walk(block: Graph | Block) -> Iterator[Node]:
             yield from walk(inner)
 
 
+def constant_before(graph: Graph, node: Node, content: Any) -> Value:
+    """Insert a constant before a node.
+
+    The point of insertion goes back to the end of the graph: a pass that finds it at a destroyed node ends the process.
+    """
+    graph.setInsertPoint(node)
+    made = graph.insertConstant(content)
+    graph.setInsertPoint(graph.return_node())
+    return made
+
+
 def self_value(graph: Graph) -> Value:
     """Return the graph's first input: the module that the method belongs to."""
     return next(iter(graph.inputs()))

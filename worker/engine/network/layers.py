@@ -1,92 +1,52 @@
-"""The layers of a model: every operator with parameters, and why it can or cannot be replaced."""
+"""The layers of a model: which sites are one layer, what it is, why it can or cannot be replaced, what it counts."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from service.contract.plan import ReasonCode
-from worker.engine.network.graphs import constant, method_names, read_graph
-from worker.engine.network.sites import MethodSites, Site, all_parameters, scan_methods
+from worker.engine.network.graphs import Node
+from worker.engine.network.layer import COMPRESSIBLE_KINDS, Layer
+from worker.engine.network.operator_sites import Site, key_of
+from worker.engine.network.parameters import Parameters
+from worker.engine.network.sites import MethodSites, read_plain, scan_methods
+from worker.engine.network.strides import Strides, strides_of
 
-COMPRESSIBLE_KINDS = frozenset({"linear", "conv2d"})
+__all__ = ["COMPRESSIBLE_KINDS", "Inventory", "Layer", "find_layers", "take_inventory"]
 
-Shape = tuple[int, ...]
-Pair = tuple[int, int]
+_AXES = {"linear": 2, "matmul": 2, "embedding": 2} | {
+    f"{kind}{axes}d": axes + 2 for kind in ("conv", "conv_transpose") for axes in (1, 2, 3)
+}
+# Operators that multiply by a weight but have no kind of their own; their weights are layers of kind "parameter".
+_MULTIPLYING_NAMES = """
+    lstm gru rnn_tanh rnn_relu lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell einsum tensordot baddbmm addbmm mv
+    bilinear _trilinear embedding_bag _transformer_encoder_layer_fwd _native_multi_head_attention
+"""
+_MULTIPLYING = frozenset(f"aten::{name}" for name in _MULTIPLYING_NAMES.split())
 
 
-@dataclass(frozen=True)
-class Layer:
-    """One layer of the user's model.
+@dataclass
+class Inventory:
+    """The layers of a model, and whose work each site does.
 
     Attributes
     ----------
-    name : str
-        The user's own module name ("layer1.0.conv1"); the parameter's name where a function is used with a bare one.
-    kind : str
-        "linear" and "conv2d" can be compressible; others are named by operator ("conv1d", "conv_transpose2d",
-        "embedding", "matmul", "norm", "lstm", …), "other" where several operators share a module's parameters.
-    weight, bias : str or None
-        Qualified names; the weight is None where it is computed or a constant.
-    weight_shape : tuple of int
-        Empty where the weight is not a parameter.
-    stride, padding, dilation : tuple of int
-        For `conv2d`: (height, width), padding in zeros on each side; empty for other kinds.
-    groups : int
-        1 but for grouped convolutions.
-    params : int
-        numel of weight and bias. What an earlier layer has counted is not counted again, so that the sum over
-        all layers is the model's total.
-    call_shapes : tuple of (tuple of int, tuple of int)
-        (input shape, output shape) of each call in one forward of the sample, batch dimension kept; empty
-        before a census.
-    calls : int
-        How often one forward runs the layer.
-    macs : int or None
-        Multiply-adds of one sample, summed over the calls, bias not counted; None before a census or if unknown.
-    reason : ReasonCode or None
-        Why the layer stays dense; None if it can be replaced.
+    layers : list of Layer
+        In the order in which `forward` holds them.
+    parameters : list of Layer
+        Every floating parameter of at least two axes, as a layer of kind "parameter".
+    shared : dict
+        For the sites of parameters: what `shares` gives.
     """
 
-    name: str
-    kind: str
-    weight: str | None
-    bias: str | None
-    weight_shape: Shape
-    stride: Shape = ()
-    padding: Shape = ()
-    dilation: Shape = ()
-    groups: int = 1
-    params: int = 0
-    call_shapes: tuple[tuple[Shape, Shape], ...] = ()
-    calls: int = 0
-    macs: int | None = None
-    reason: ReasonCode | None = None
+    layers: list[Layer] = field(default_factory=list)
+    parameters: list[Layer] = field(default_factory=list)
+    shared: dict[tuple[str, str], list[tuple[str, int]]] = field(default_factory=dict)
 
-    @property
-    def input_shape(self) -> Shape | None:
-        """The input's shape in the first call."""
-        return self.call_shapes[0][0] if self.call_shapes else None
-
-    @property
-    def output_shape(self) -> Shape | None:
-        """The output's shape in the first call."""
-        return self.call_shapes[0][1] if self.call_shapes else None
-
-    @property
-    def input_hw(self) -> tuple[Pair, ...]:
-        """(height, width) of the input of each call; for `conv2d`."""
-        return tuple((shape[-2], shape[-1]) for shape, _ in self.call_shapes)
-
-    @property
-    def output_hw(self) -> tuple[Pair, ...]:
-        """(height, width) of the output of each call; for `conv2d`."""
-        return tuple((shape[-2], shape[-1]) for _, shape in self.call_shapes)
-
-    @property
-    def rows(self) -> tuple[int, ...]:
-        """Number of vectors that each call maps; for `linear`."""
-        return tuple(torch.Size(shape[:-1]).numel() for shape, _ in self.call_shapes)
+    def shares(self, site: Site) -> list[tuple[str, int]]:
+        """Name the layers whose work a site does, each with its part of it in numbers of its weight."""
+        return self.shared.get(_key(site), [(site.layer, 1)])
 
 
 def find_layers(module: torch.jit.ScriptModule) -> list[Layer]:
@@ -101,151 +61,213 @@ def find_layers(module: torch.jit.ScriptModule) -> list[Layer]:
     -------
     list of Layer
         In the order in which `forward` holds them, then what only other exported methods use, then parameters that
-        nothing uses. Each parameter appears in at least one layer.
+        nothing uses. Each parameter is counted in exactly one layer.
     """
-    methods = scan_methods(module, {name: read_graph(module, name) for name in method_names(module)})
-    return layers_of(module, methods)
+    return take_inventory(module, scan_methods(module, read_plain(module))).layers
 
 
-def layers_of(module: torch.jit.ScriptModule, methods: dict[str, MethodSites]) -> list[Layer]:
+def take_inventory(module: torch.jit.ScriptModule, methods: Mapping[str, MethodSites]) -> Inventory:
     """Make the layers of sites that were already found; see `find_layers`."""
-    grouped: dict[str, list[Site]] = {}
-    for method in methods.values():
-        for site in method.sites:
-            grouped.setdefault(site.layer, []).append(site)
-    parameters = all_parameters(module)
-    shared = _shared_parameters(methods, parameters)
-    layers: list[Layer] = []
-    counted: set[tuple[int, Shape, Shape]] = set()
-    for name, sites in grouped.items():
-        own = {_identity(parameters[parameter]): parameter for site in sites for parameter in site.parameters}
-        params = sum(parameters[parameter].numel() for key, parameter in own.items() if key not in counted)
-        counted |= own.keys()
-        layers.append(replace(_layer(module, name, sites, methods, parameters, shared), params=params))
-    return layers + list(_left_over(methods, parameters, counted, set(grouped)))
+    return _Stocktaking(module, methods).taken()
 
 
-def _layer(
-    module: torch.jit.ScriptModule,
-    name: str,
-    sites: list[Site],
-    methods: dict[str, MethodSites],
-    parameters: dict[str, torch.Tensor],
-    shared: set[str],
-) -> Layer:
-    site = sites[0]
-    weight = parameters.get(site.weight or "")
-    layer = Layer(
-        name=name,
-        kind=site.kind if len({one.kind for one in sites}) == 1 else "other",
-        weight=site.weight,
-        bias=site.bias,
-        weight_shape=tuple(weight.shape) if weight is not None else (),
-    )
-    if layer.kind not in COMPRESSIBLE_KINDS:
-        return replace(layer, reason=ReasonCode.UNSUPPORTED_KIND)
-    reason = _weight_reason(sites, methods, parameters, shared)
-    if layer.kind == "linear":
-        return replace(layer, reason=reason)
-    geometries = [_geometry(module, one, methods[one.method], layer.weight_shape) for one in sites]
-    if None in geometries or len(set(geometries)) != 1 or geometries[0] is None:
-        return replace(layer, reason=reason or ReasonCode.PADDING_MODE)
-    stride, padding, dilation, groups = geometries[0]
-    grouped = ReasonCode.GROUPED_CONVOLUTION if groups != 1 else None
-    return replace(layer, stride=stride, padding=padding, dilation=dilation, groups=groups, reason=reason or grouped)
+class _Stocktaking:
+    def __init__(self, module: torch.jit.ScriptModule, methods: Mapping[str, MethodSites]) -> None:
+        self.module = module
+        self.methods = methods
+        self.parameters = Parameters(module)
+        self.overlapping = self.parameters.overlapping()
+        self.sites = [site for method in methods.values() for site in method.sites]
+        self.by_weight: dict[str, list[Site]] = {}
+        self.by_layer: dict[str, list[Site]] = {}
+        for site in self.sites:
+            self.by_layer.setdefault(site.layer, []).append(site)
+            if site.weight is not None and site.kind in COMPRESSIBLE_KINDS:
+                self.by_weight.setdefault(site.weight, []).append(site)
+        self.found = Inventory()
+        self.place: dict[str, int] = {}  # of each layer: the first site that it serves
+        self.counted: dict[str, str] = {}  # parameter -> layer
+        self.whole = {name: layer for name in self.parameters if (layer := self._parameter(name)) is not None}
 
+    def taken(self) -> Inventory:
+        """Make the layers: operators and whole parameters first, then what these do not count."""
+        for at, site in enumerate(self.sites):
+            parts = [name for name in site.parameters if name in self.whole]
+            if site.weight in self.by_weight and site.weight not in self.whole:
+                self._operator(at, self.by_weight[site.weight])
+            elif parts:
+                for name in parts:
+                    self._add(at, self.whole[name], [name])
+                self.found.shared[_key(site)] = [(name, self.parameters[name].numel()) for name in parts]
+        for at, site in enumerate(self.sites):
+            self._rest(at, site)
+        self._unused()
+        self.found.layers.sort(key=lambda layer: self.place[layer.name])
+        self.found.parameters = [layer for name in self.parameters if (layer := self._named(name)) is not None]
+        return self.found
 
-def _weight_reason(
-    sites: list[Site], methods: dict[str, MethodSites], parameters: dict[str, torch.Tensor], shared: set[str]
-) -> ReasonCode | None:
-    site = sites[0]
-    weight = parameters.get(site.weight or "")
-    if weight is None or any(site.weight in methods[one.method].assigned for one in sites):
-        return ReasonCode.WEIGHT_NOT_PARAMETER
-    if not all(one.bias_known for one in sites):
-        return ReasonCode.WEIGHT_NOT_PARAMETER
-    if weight.dtype not in {torch.float32, torch.float64}:
-        return ReasonCode.NOT_FLOATING
-    if weight.dim() != (2 if site.kind == "linear" else 4):
-        return ReasonCode.UNSUPPORTED_KIND
-    names = {one.weight for one in sites} | {one.bias for one in sites}
-    if len(names) > 2 or names & shared:
-        return ReasonCode.SHARED_WEIGHT
-    return None
+    def _add(self, at: int, layer: Layer, members: list[str]) -> None:
+        """Take a layer in, with the parameters that none has counted before."""
+        if layer.name in self.place:
+            return
+        self.place[layer.name] = at
+        new = [name for name in dict.fromkeys(members) if name not in self.counted]
+        self.counted.update(dict.fromkeys(new, layer.name))
+        params = sum(self.parameters[name].numel() for name in new)
+        self.found.layers.append(replace(layer, params=params))
 
+    def _operator(self, at: int, sites: list[Site]) -> None:
+        """Take in the layer of all sites of a weight."""
+        site = sites[0]
+        weight = str(site.weight)
+        reason = self._weight_reason(weight) or self._kind_reason(site)
+        if reason is None and not self._alike(sites):
+            reason = ReasonCode.UNSUPPORTED_KIND
+        bias = self._common_bias(sites) if reason is None else site.bias
+        layer = replace(self._described(site, weight), bias=bias, reason=reason)
+        strides = self._strides(site, weight)
+        if strides is not None and strides.stride:
+            layer = replace(layer, **vars(strides))
+        self._add(at, layer, [weight] if bias is None else [weight, bias])
 
-def _shared_parameters(methods: dict[str, MethodSites], parameters: dict[str, torch.Tensor]) -> set[str]:
-    """Name the parameters that several operators of one method use, or that have a second name."""
-    names: dict[int, list[str]] = {}
-    for name, tensor in parameters.items():
-        names.setdefault(tensor.untyped_storage().data_ptr(), []).append(name)
-    return {
-        name
-        for name, tensor in parameters.items()
-        if len(names[tensor.untyped_storage().data_ptr()]) > 1
-        or any(len(method.consumers.get(name, [])) > 1 or method.hides(name) for method in methods.values())
-    }
-
-
-def _geometry(
-    module: torch.jit.ScriptModule, site: Site, method: MethodSites, weight_shape: Shape
-) -> tuple[Shape, Shape, Shape, int] | None:
-    """Read (stride, padding, dilation, groups); None where they are computed or not the same zeros on both sides."""
-    groups_at = 8 if site.node.kind() in {"aten::_convolution", "aten::convolution"} else 6
-    try:
-        stride, padding, dilation, groups = (
-            constant(module, site.node.inputsAt(at), method.root) for at in (3, 4, 5, groups_at)
-        )
-    except LookupError:
-        return None
-    stride, dilation = _pair(stride), _pair(dilation)
-    if isinstance(padding, str):
-        padding = _padding_of_mode(padding, weight_shape[2:], dilation)
-    return None if padding is None else (stride, _pair(padding), dilation, int(groups))
-
-
-def _pair(value: int | Iterable[int]) -> Shape:
-    values = (value,) if isinstance(value, int) else tuple(value)
-    return (values * 2)[:2] if len(values) == 1 else values
-
-
-def _padding_of_mode(mode: str, kernel: Shape, dilation: Shape) -> Shape | None:
-    """Zeros on each side for "same" and "valid"; an odd total is not symmetric and has no such number."""
-    if mode == "valid":
-        return (0, 0)
-    totals = [step * (size - 1) for step, size in zip(dilation, kernel, strict=True)]
-    return tuple(total // 2 for total in totals) if all(total % 2 == 0 for total in totals) else None
-
-
-def _left_over(
-    methods: dict[str, MethodSites],
-    parameters: dict[str, torch.Tensor],
-    counted: set[tuple[int, Shape, Shape]],
-    names: set[str],
-) -> Iterable[Layer]:
-    """Name what no operator in sight uses: it costs parameters and is part of the plan all the same."""
-    groups: dict[str, list[str]] = {}
-    for name, tensor in parameters.items():
-        if _identity(tensor) not in counted:
-            groups.setdefault(name.rpartition(".")[0] or name, []).append(name)
-            counted.add(_identity(tensor))
-    for owner, members in groups.items():
-        hidden = any(method.hides(name) for method in methods.values() for name in members)
-        yield Layer(
-            name=owner if owner not in names else members[0],
-            kind="other",
-            weight=members[0],
+    def _rest(self, at: int, site: Site) -> None:
+        """Take in what no layer counts yet of a module's parameters, and operators whose weight is computed."""
+        group = self.by_layer[site.layer]
+        members = [
+            name for each in group for name in each.parameters if name not in self.counted and name not in self.whole
+        ]
+        free = site.layer not in self.place
+        computed = site.weight is None and site.kind in COMPRESSIBLE_KINDS and free
+        if not members and not computed:
+            return
+        kinds = {each.kind for each in group}
+        weight = None if computed else members[0]
+        layer = Layer(
+            name=site.layer if free else members[0],
+            kind=kinds.pop() if free and len(kinds) == 1 else "other",
+            weight=weight,
             bias=None,
-            weight_shape=tuple(parameters[members[0]].shape),
-            params=sum(parameters[name].numel() for name in members),
-            reason=ReasonCode.UNSUPPORTED_KIND if hidden else ReasonCode.NOT_EXECUTED,
+            weight_shape=() if weight is None else tuple(self.parameters[weight].shape),
+            reason=ReasonCode.WEIGHT_NOT_PARAMETER if computed else ReasonCode.UNSUPPORTED_KIND,
+        )
+        self._add(at, layer, members)
+
+    def _unused(self) -> None:
+        """Take in what no operator in sight uses: it costs parameters and is part of the plan all the same."""
+        groups: dict[str, list[str]] = {}
+        for name in self.parameters:
+            if name not in self.counted:
+                groups.setdefault(name.rpartition(".")[0] or name, []).append(name)
+        for owner, members in groups.items():
+            hidden = any(method.hides(name) for method in self.methods.values() for name in members)
+            layer = Layer(
+                name=owner if owner not in self.place else members[0],
+                kind="other",
+                weight=members[0],
+                bias=None,
+                weight_shape=tuple(self.parameters[members[0]].shape),
+                reason=ReasonCode.UNSUPPORTED_KIND if hidden else ReasonCode.NOT_EXECUTED,
+            )
+            self._add(len(self.sites), layer, members)
+
+    def _parameter(self, name: str) -> Layer | None:
+        """Describe a weight that its operators cannot be replaced by factors for, but that can be composed."""
+        if self.parameters[name].dim() < 2 or self._weight_reason(name) is not None:
+            return None
+        sites = self.by_weight.get(name, [])
+        readers = [node for method in self.methods.values() for node in method.consumers.get(name, [])]
+        if any(self._kind_reason(site) is not None for site in sites):
+            return None
+        if not sites and not any(node.kind() in _MULTIPLYING for node in readers):
+            return None
+        if sites and self._alike(sites) and self._alone(name, sites, readers):
+            return None
+        return self._described(None, name)
+
+    def _alike(self, sites: list[Site]) -> bool:
+        """Tell whether one branch can stand at every site of a weight."""
+        weight = str(sites[0].weight)
+        strides = [self._strides(site, weight) for site in sites]
+        return (
+            all(site.input_at is not None and not site.derived and self._factors_one(site) for site in sites)
+            and len({site.kind for site in sites}) == 1
+            and self.parameters[weight].dim() == _AXES[sites[0].kind]
+            and None not in strides
+            and len(set(strides)) == 1
+        )
+
+    def _factors_one(self, site: Site) -> bool:
+        if site.node.kind() != "aten::addmm":
+            return True
+        return all(site.node.inputsAt(at).toIValue() == 1 for at in (3, 4))
+
+    def _alone(self, name: str, sites: list[Site], readers: list[Node]) -> bool:
+        """Tell whether nothing but these sites reads a weight."""
+        nodes = {_key(site) for site in sites}
+        read = [
+            (method_name, key_of(node))
+            for method_name, method in self.methods.items()
+            for node in method.consumers.get(name, [])
+        ]
+        return set(read) <= nodes and len(read) == len(readers) == len(sites)
+
+    def _weight_reason(self, name: str) -> ReasonCode | None:
+        if any(name in method.assigned for method in self.methods.values()):
+            return ReasonCode.WEIGHT_NOT_PARAMETER
+        if not self.parameters[name].is_floating_point():
+            return ReasonCode.NOT_FLOATING
+        hidden = any(method.hides(each) for method in self.methods.values() for each in self.parameters.names(name))
+        return ReasonCode.SHARED_WEIGHT if hidden or name in self.overlapping else None
+
+    def _kind_reason(self, site: Site) -> ReasonCode | None:
+        """Refuse embeddings whose gradient is not a plain one."""
+        if site.node.kind() != "aten::embedding":
+            return None
+        plain = all(site.node.inputsAt(at).toIValue() is False for at in (3, 4))
+        return None if plain else ReasonCode.UNSUPPORTED_KIND
+
+    def _strides(self, site: Site, weight: str) -> Strides | None:
+        if not site.kind.startswith("conv"):
+            return Strides()
+        root = self.methods[site.method].root
+        return strides_of(self.module, site.node, root, tuple(self.parameters[weight].shape[2:]))
+
+    def _common_bias(self, sites: list[Site]) -> str | None:
+        """Name the bias that a branch can hold: the same at all sites, and read by nothing else."""
+        names = {site.bias for site in sites}
+        bias = next(iter(names))
+        if len(names) != 1 or bias is None or bias in self.counted or bias in self.overlapping:
+            return None
+        if any(bias in method.assigned or method.hides(bias) for method in self.methods.values()):
+            return None
+        readers = sum(len(method.consumers.get(bias, [])) for method in self.methods.values())
+        return bias if readers == len(sites) else None
+
+    def _described(self, site: Site | None, weight: str) -> Layer:
+        tensor = self.parameters[weight]
+        return Layer(
+            name=weight if site is None else site.layer,
+            kind="parameter" if site is None else site.kind,
+            weight=weight,
+            bias=None,
+            weight_shape=tuple(tensor.shape),
+            dtype_bits=8 * tensor.element_size(),
+            names=self.parameters.names(weight),
+        )
+
+    def _named(self, name: str) -> Layer | None:
+        """Describe any parameter as a layer of its own."""
+        tensor = self.parameters[name]
+        if tensor.dim() < 2 or not tensor.is_floating_point():
+            return None
+        unread = not any(method.consumers.get(name) for method in self.methods.values())
+        return replace(
+            self._described(None, name),
+            params=tensor.numel(),
+            owner=self.counted.get(name),
+            reason=self._weight_reason(name) or (ReasonCode.NOT_EXECUTED if unread else None),
         )
 
 
-def count_distinct(tensors: Iterable[torch.Tensor]) -> int:
-    """Sum numel over tensors, counting those that are the same memory once."""
-    return sum({_identity(tensor): tensor.numel() for tensor in tensors}.values())
-
-
-def _identity(tensor: torch.Tensor) -> tuple[int, Shape, Shape]:
-    return tensor.data_ptr(), tuple(tensor.shape), tuple(tensor.stride())
+def _key(site: Site) -> tuple[str, str]:
+    return site.method, key_of(site.node)

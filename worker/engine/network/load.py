@@ -7,7 +7,16 @@ from pathlib import Path
 import torch
 
 from service.contract.errors import ErrorCode, ProblemError
-from worker.engine.network.graphs import Graph, Node, method_names, open_graph, read_graph, source_line, walk
+from worker.engine.network.graphs import (
+    Graph,
+    Node,
+    constant_before,
+    method_names,
+    open_graph,
+    read_graph,
+    source_line,
+    walk,
+)
 
 _REASON_CHARACTERS = 500
 
@@ -134,8 +143,7 @@ def _rewrite_devices(graph: Graph, target: torch.device, method: str) -> None:
                 f"{f' ({line})' if line else ''}, and here it runs on {target}. Write x.to(other.device) instead, "
                 "so that tensors follow the input, and save the model again.",
             )
-        graph.setInsertPoint(node)
         moved = target if node.output().type().kind() == "DeviceObjType" else str(target)
-        node.output().replaceAllUsesWith(graph.insertConstant(moved))
+        node.output().replaceAllUsesWith(constant_before(graph, node, moved))
         node.destroy()
     graph.lint()

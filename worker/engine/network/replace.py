@@ -6,9 +6,13 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from worker.engine.network.branch import put_branch
 from worker.engine.network.compose import compose_parameter
-from worker.engine.network.graphs import Graph, Value, method_names, open_graph
-from worker.engine.network.sites import MethodSites, Site, all_parameters, scan_methods
+from worker.engine.network.graphs import Graph, Node, attribute_chain, self_value
+from worker.engine.network.layers import Layer, find_layers
+from worker.engine.network.parameters import Parameters
+from worker.engine.network.plain_paths import simplify, take_plain_paths
+from worker.engine.network.sites import open_plain, scan_methods
 
 
 @dataclass(frozen=True)
@@ -51,54 +55,50 @@ def replace_layers(module: torch.jit.ScriptModule, replacements: Mapping[str, nn
     ValueError
         A branch is asked for, and a site of the layer has no single input and output, so there is no place for it.
     """
-    graphs = {name: open_graph(module, name) for name in method_names(module)}
+    layers = {layer.name: layer for layer in find_layers(module)}
+    wanted = {
+        name: asked if isinstance(asked, Replacement) else Replacement(branch=asked)
+        for name, asked in replacements.items()
+    }
+    weights = {name: _weight(module, name, layers) for name in wanted}
+    factored = {weights[name] for name, each in wanted.items() if each.branch is not None}
+    graphs = open_plain(module, fused=True)
+    for graph in graphs.values():
+        _unfuse(module, graph, factored)
     methods = scan_methods(module, graphs)
-    for name, asked in replacements.items():
-        wanted = asked if isinstance(asked, Replacement) else Replacement(branch=asked)
-        places = [(method, site) for method in methods.values() for site in method.sites if site.layer == name]
-        parameter = _parameter(module, name, places)
-        if wanted.branch is not None:
-            _put_branch(module, name, places, wanted.branch, added=wanted.weight is not None)
-        if wanted.weight is not None:
-            attribute, scripted = _register(module, f"{name}__weight", wanted.weight)
-            compose_parameter(module, graphs, _aliases(module, parameter), attribute, scripted)
+    for name, each in wanted.items():
+        if each.branch is not None:
+            layer = layers.get(name)
+            if layer is None or layer.kind == "parameter" or layer.reason is not None:
+                raise ValueError(f"{name!r} is not one operator with one input and one output; it takes no branch")
+            attribute, scripted = _register(module, f"{name}__factors", each.branch)
+            put_branch(methods, layer, attribute, scripted, added=each.weight is not None)
+        if each.weight is not None:
+            attribute, scripted = _register(module, f"{name}__weight", each.weight)
+            compose_parameter(module, graphs, set(Parameters(module).names(weights[name])), attribute, scripted)
     for graph in graphs.values():
         torch._C._jit_pass_dce(graph)
         graph.lint()
 
 
-def _parameter(module: torch.jit.ScriptModule, name: str, places: list[tuple[MethodSites, Site]]) -> str:
-    parameters = all_parameters(module)
-    found = next((site.weight for _, site in places if site.weight in parameters), None)
-    if found is None and name not in parameters:
+def _weight(module: torch.jit.ScriptModule, name: str, layers: Mapping[str, Layer]) -> str:
+    """Name the parameter that a layer's name, or a parameter's own name, stands for."""
+    parameters = Parameters(module)
+    found = parameters.first(layers[name].weight if name in layers else None) or parameters.first(name)
+    if found is None:
         raise KeyError(name)
-    return found or name
+    return found
 
 
-def _aliases(module: torch.jit.ScriptModule, parameter: str) -> set[str]:
-    """Every name of one parameter."""
-    parameters = all_parameters(module)
-    tensor = parameters[parameter]
-    return {
-        name
-        for name, other in parameters.items()
-        if (other.data_ptr(), other.shape, other.stride()) == (tensor.data_ptr(), tensor.shape, tensor.stride())
-    }
+def _unfuse(module: torch.jit.ScriptModule, graph: Graph, factored: set[str]) -> None:
+    """Let attention whose weights become factors run its unfused path."""
+    parameters, root = Parameters(module), self_value(graph)
 
+    def holds_factors(node: Node) -> bool:
+        return any(parameters.first(attribute_chain(value, root)) in factored for value in node.inputs())
 
-def _put_branch(
-    module: torch.jit.ScriptModule, name: str, places: list[tuple[MethodSites, Site]], branch: nn.Module, *, added: bool
-) -> None:
-    if not places or any(site.input_at is None for _, site in places):
-        raise ValueError(f"layer {name!r} is not one operator with one input and one output; it takes no branch")
-    attribute, scripted = _register(module, f"{name}__factors", branch)
-    for method, site in places:
-        call = _call(method, site, attribute, scripted)
-        if added:
-            _add_to_output(method.graph, site, call)
-        else:
-            site.output.replaceAllUsesWith(call)
-            site.node.destroy()
+    if take_plain_paths(graph, holds_factors):
+        simplify(graph)
 
 
 def _register(module: torch.jit.ScriptModule, wanted: str, new: nn.Module) -> tuple[str, torch.jit.ScriptModule]:
@@ -110,28 +110,3 @@ def _register(module: torch.jit.ScriptModule, wanted: str, new: nn.Module) -> tu
     scripted = torch.jit.script(new.train(module.training))
     module._c._register_attribute(name, scripted._c._type(), scripted._c)
     return name, scripted
-
-
-def _call(method: MethodSites, site: Site, name: str, scripted: torch.jit.ScriptModule) -> Value:
-    graph: Graph = method.graph
-    submodule = graph.create("prim::GetAttr", [method.root], 1)
-    submodule.s_("name", name)
-    submodule.output().setType(scripted._c._type())
-    submodule.insertBefore(site.node)
-    call = graph.create("prim::CallMethod", [submodule.output(), site.input], 1)
-    call.s_("name", "forward")
-    call.output().setType(site.output.type())
-    call.insertBefore(site.node)
-    call.copyMetadata(site.node)
-    return call.output()
-
-
-def _add_to_output(graph: Graph, site: Site, branch: Value) -> None:
-    graph.setInsertPoint(site.node)
-    one = graph.insertConstant(1)
-    total = graph.create("aten::add", [site.output, branch, one], 1)
-    total.output().setType(site.output.type())
-    total.insertAfter(site.node)
-    total.copyMetadata(site.node)
-    site.output.replaceAllUsesWith(total.output())
-    total.replaceInput(0, site.output)
