@@ -112,10 +112,10 @@ def geometry_of(layer: Layer) -> Geometry:
         layer.stride or (1,) * axes,
         layer.padding or (0,) * axes,
         layer.dilation or (1,) * axes,
-        getattr(layer, "output_padding", ()) or (0,) * axes,
+        layer.output_padding or (0,) * axes,
         layer.groups,
         layer.macs if layer.kind == "parameter" else None,
-        getattr(layer, "dtype_bits", 32),
+        layer.dtype_bits,
     )
 
 

@@ -123,7 +123,7 @@ def _context(
     examples: Sequence[Tensor],
     saved: Saved | None,
 ) -> Context:
-    decisions = apply_rules(name_parameters(census.layers, getattr(census, "parameters", []), spec), spec)
+    decisions = apply_rules(name_parameters(census.layers, census.parameters, spec), spec)
     observer.layers(decisions.facts)
     for warning in decisions.warnings:
         observer.event(EventKind.WARNING, warning.model_dump(mode="json", exclude_none=True))

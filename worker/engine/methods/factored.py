@@ -161,8 +161,8 @@ def _settle(context: Context, learned: Learned) -> list[Projection]:
             made.append(projection)
             continue
         kept = [
-            replace(choice, rank_low=rank) if choice.term.graded else choice
-            for choice, rank in zip(problem.choices, projection.ranks, strict=True)
+            replace(choice, rank_low=theta.units) if choice.term.settled(theta).graded else choice
+            for choice, theta in zip(problem.choices, projection.factors, strict=True)
         ]
         made.append(project(target, kept, PROHIBITIVE, mu=mu, rank_total_low=problem.rank_total_low))
     settled = settle_dense(network, made)

@@ -7,7 +7,7 @@ from math import exp, log
 import torch
 from torch import Tensor
 
-from worker.engine.forms.term import Counts
+from worker.engine.forms.term import Counts, Term
 from worker.engine.layer_problem import LayerProblem, sum_size
 
 _HALVINGS = 60  # of the logarithm's interval: far below the gap between two energies
@@ -22,12 +22,26 @@ class Curve:
     ----------
     problem : LayerProblem
         Prices, bounds and sizes.
+    terms : tuple of Term
+        Its terms; one that chooses among several stands as the first of them.
     energies : tuple of Tensor or None
         Falling, float64; None where the term is not graded and counts as its least.
+    norm : float
+        ‖W‖².
     """
 
     problem: LayerProblem
+    terms: tuple[Term, ...]
     energies: tuple[Tensor | None, ...]
+    norm: float
+
+    @classmethod
+    def of(cls, problem: LayerProblem, weight: Tensor) -> "Curve":
+        """Compute a layer's energies."""
+        weight = weight.detach()
+        terms = tuple(choice.term.settled(choice.term.empty(weight)) for choice in problem.choices)
+        energies = tuple(term.energies(weight.double()).cpu() if term.graded else None for term in terms)
+        return cls(problem, terms, energies, float(weight.double().square().sum()))
 
     def size(self, pressure: float) -> int:
         """Size of the layer with its best single graded term and what is not graded, or dense, at 2λ/μ."""
@@ -35,7 +49,7 @@ class Curve:
         for place, (choice, energies) in enumerate(zip(self.problem.choices, self.energies, strict=True)):
             if energies is None:
                 continue
-            price = choice.unit_price
+            price = choice.price(self.terms[place].counts_at(1))
             rank = int((energies > pressure * price).sum())
             least = max(choice.rank_low, self.problem.rank_total_low)
             rank = min(max(rank, least), choice.rank_high)
@@ -46,40 +60,36 @@ class Curve:
             return self.problem.dense_size
         return size
 
+    @property
+    def top(self) -> float:
+        """Pressure above which every term that is not fixed is empty, about."""
+        tops = []
+        for choice, term, energies in zip(self.problem.choices, self.terms, self.energies, strict=True):
+            price = choice.price(term.counts_at(1) if energies is not None else term.least_counts(1))
+            largest = self.norm if energies is None else float(energies[0]) if len(energies) else 0.0
+            if price > 0 and not choice.fixed:
+                tops.append(largest / price)
+        return max(tops, default=0.0)
+
     def _size(self, place: int, rank: int) -> int:
         counts = []
-        for other, (choice, energies) in enumerate(zip(self.problem.choices, self.energies, strict=True)):
+        for other, (choice, term) in enumerate(zip(self.problem.choices, self.terms, strict=True)):
             if other == place:
-                counts.append(choice.term.counts_at(rank))
+                counts.append(term.counts_at(rank))
             else:
-                left_out = energies is not None or choice.rank_low == 0
-                counts.append(Counts() if left_out else choice.term.least_counts(choice.rank_low))
-        composed = [choice.term.composed for choice in self.problem.choices]
+                counts.append(term.least_counts(choice.rank_low) if choice.rank_low > 0 else Counts())
+        composed = [term.composed for term in self.terms]
         return sum_size(self.problem.geometry, self.problem.metric, composed, counts)
 
 
 def curves_of(problems: Sequence[LayerProblem], weights: Sequence[Tensor]) -> list[Curve]:
     """Compute the energies of every layer."""
-    return [
-        Curve(
-            problem,
-            tuple(
-                choice.term.energies(weight.detach()).cpu() if choice.term.graded else None
-                for choice in problem.choices
-            ),
-        )
-        for problem, weight in zip(problems, weights, strict=True)
-    ]
+    return [Curve.of(problem, weight) for problem, weight in zip(problems, weights, strict=True)]
 
 
 def estimate_pressure(curves: Sequence[Curve], rest: int, limit: int) -> float:
     """Find the pressure at which the single best terms meet a limit; a start for the sums."""
-    tops = [
-        float(energies[0]) / price
-        for curve in curves
-        for choice, energies in zip(curve.problem.choices, curve.energies, strict=True)
-        if energies is not None and len(energies) and (price := choice.unit_price) > 0
-    ]
+    tops = [curve.top for curve in curves]
     high = 2 * max([*tops, torch.finfo(torch.float64).tiny])
     low = high * 1e-14
     for _ in range(_HALVINGS):

@@ -172,10 +172,7 @@ def least_projections(network: Network, weights: Sequence[Tensor], mu: float = i
     made = []
     for problem, weight in zip(network.problems, weights, strict=True):
         ranks = problem.least_ranks
-        fixed = [
-            choice.at_rank(rank) if choice.term.graded or rank == 0 else choice
-            for choice, rank in zip(problem.choices, ranks, strict=True)
-        ]
+        fixed = [choice.at_rank(rank) for choice, rank in zip(problem.choices, ranks, strict=True)]
         least = project(weight, fixed, PROHIBITIVE, mu=mu, sweeps=POLISH_SWEEPS)
         made.append(replace(least, dense=problem.size_with(least) > problem.dense_size))
     return made
@@ -260,12 +257,29 @@ def at_ranks(
         if projection.dense or problem.joint:
             made.append(projection)
             continue
-        fixed = [
-            choice.at_rank(rank) if choice.term.graded else choice
-            for choice, rank in zip(problem.choices, wanted, strict=True)
-        ]
-        made.append(project(weight, fixed, 0.0, mu=mu, warm=projection.factors, sweeps=POLISH_SWEEPS))
+        made.append(_at_units(problem, weight, projection, wanted, mu))
     return made
+
+
+def _at_units(
+    problem: LayerProblem, weight: Tensor, projection: Projection, wanted: Sequence[int], mu: float
+) -> Projection:
+    """Fit a layer's graded and fixed terms at given units; a Θ that was chosen in another way stays as it is."""
+    thetas = list(projection.factors)
+    free = [
+        place
+        for place, choice in enumerate(problem.choices)
+        if choice.fixed or choice.term.settled(thetas[place]).graded
+    ]
+    held = [place for place in range(len(thetas)) if place not in free]
+    target = weight.detach().to(torch.float64)
+    for place in held:
+        target = target - problem.choices[place].term.project(thetas[place])
+    choices = [problem.choices[place].settled(thetas[place]).at_rank(wanted[place]) for place in free]
+    fitted = project(target, choices, 0.0, mu=mu, warm=[thetas[place] for place in free], sweeps=POLISH_SWEEPS)
+    for place, theta in zip(free, fitted.factors, strict=True):
+        thetas[place] = theta
+    return replace(fitted, factors=tuple(thetas))
 
 
 def composed(problem: LayerProblem, factors: Thetas) -> Tensor:
