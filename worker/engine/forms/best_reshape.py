@@ -28,6 +28,8 @@ class BestReshapeTerm(Term):
 
     type_name: ClassVar[str] = "low_rank"
 
+    takes_float32: ClassVar[bool] = True
+
     def __init__(self, candidates: Sequence[LowRankTerm]) -> None:
         self.candidates = tuple(candidates)
         self.geometry = candidates[0].geometry
@@ -39,9 +41,8 @@ class BestReshapeTerm(Term):
 
     @classmethod
     def from_facts(cls, facts: Facts, geometry: Geometry) -> Term:
-        """Make the term of its candidates."""
-        made = [LowRankTerm.from_facts(each, geometry) for each in facts["candidates"]]
-        return cls([each.at_place(place) for place, each in enumerate(made) if isinstance(each, LowRankTerm)])
+        """Not made alone: facts of the candidates decide their classes."""
+        raise NotImplementedError
 
     def facts(self) -> Facts:
         """Every candidate's."""
