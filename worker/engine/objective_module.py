@@ -177,10 +177,9 @@ class ModuleObjective(Objective):
         leaves = map_tensors(raw, tracked)
         with torch.enable_grad():
             loss = self._loss(leaves, arrays)
-            if not isfinite(float(loss)):
-                raise _invalid(
-                    f"loss is {float(loss):g} on the reference's outputs of a few samples; expected a number"
-                )
+            found = float(loss.detach())
+            if not isfinite(found):
+                raise _invalid(f"loss is {found:g} on the reference's outputs of a few samples; expected a number")
             if not loss.requires_grad:
                 raise _invalid(
                     "loss gives a number without a gradient with respect to outputs: nothing can be learned from it. "
