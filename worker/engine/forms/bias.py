@@ -64,6 +64,21 @@ class BiasMap(nn.Module):
         return self.bias.reshape([-1] + [1] * axes).expand(lead + [self.bias.size(0)] + sizes)
 
 
+class ZeroWeight(nn.Module):
+    """A weight that is zero: of a parameter whose operators are not looked at."""
+
+    like: Tensor
+
+    def __init__(self, shape: list[int], dtype: torch.dtype) -> None:
+        super().__init__()
+        self.register_buffer("like", torch.empty(0, dtype=dtype))  # the network's dtype and device, wherever it goes
+        self.shape = shape
+
+    def forward(self) -> Tensor:
+        """Give the weight."""
+        return torch.zeros(self.shape, dtype=self.like.dtype, device=self.like.device)
+
+
 def bias_alone(geometry: Geometry, bias: Tensor | None, dtype: torch.dtype) -> nn.Module:
     """Make the module of a layer that keeps its bias alone.
 
