@@ -46,10 +46,14 @@ def inline_calls(graph: Graph) -> None:
 
 def walk(block: Graph | Block) -> Iterator[Node]:
     """Yield every node of a graph or block, nested blocks included, in program order."""
-    for node in block.nodes():
+    pending = [iter(block.nodes())]
+    while pending:
+        node = next(pending[-1], None)
+        if node is None:
+            pending.pop()
+            continue
         yield node
-        for inner in node.blocks():
-            yield from walk(inner)
+        pending.extend(iter(inner.nodes()) for inner in reversed(list(node.blocks())))
 
 
 def constant_before(graph: Graph, node: Node, content: Any) -> Value:

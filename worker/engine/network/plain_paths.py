@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from worker.engine.network.graphs import Block, Graph, Node, Value, constant_before, is_tensor, walk
+from worker.engine.network.graphs import Block, Graph, Node, Value, constant_before, is_tensor
 
 FUSED_ATTENTION = frozenset({"aten::_transformer_encoder_layer_fwd", "aten::_native_multi_head_attention"})
 _FUSED = FUSED_ATTENTION | {"aten::_nested_tensor_from_mask"}
@@ -46,7 +46,7 @@ def fix_flags(graph: Graph, value_of: Callable[[Node], bool | None]) -> None:
     value_of : callable
         From a `prim::GetAttr` node to the flag's value; None where it has none.
     """
-    for node in [node for node in walk(graph) if node.kind() == "prim::GetAttr" and node.s("name") in _FIXED_FLAGS]:
+    for node in [node for node in graph.findAllNodes("prim::GetAttr") if node.s("name") in _FIXED_FLAGS]:
         value = value_of(node)
         if value is not None:
             node.output().replaceAllUsesWith(constant_before(graph, node, value))
@@ -90,7 +90,7 @@ def _propagate_constants(graph: Graph) -> None:
 
 
 def _asked_for(graph: Graph) -> list[Node]:
-    return [node for node in walk(graph) if node.kind() in _FUSED and _reasons(node)]
+    return [node for kind in sorted(_FUSED) for node in graph.findAllNodes(kind) if _reasons(node)]
 
 
 def _reasons(node: Node) -> list[Value]:
@@ -141,7 +141,7 @@ def _merge_views_in(block: Graph | Block) -> bool:
 def _merge_equal_results(graph: Graph) -> bool:
     """Read the first of several results of a branch that are the same in both arms."""
     changed = False
-    for node in [node for node in walk(graph) if node.kind() == "prim::If" and node.outputsSize() > 1]:
+    for node in [node for node in graph.findAllNodes("prim::If") if node.outputsSize() > 1]:
         arms = [[value.debugName() for value in block.outputs()] for block in node.blocks()]
         first: dict[tuple[str, ...], Value] = {}
         for given, result in zip(zip(*arms, strict=True), list(node.outputs()), strict=True):
@@ -153,7 +153,7 @@ def _merge_equal_results(graph: Graph) -> bool:
 
 
 def _identities(graph: Graph) -> list[Node]:
-    return [node for node in walk(graph) if node.kind() in {"aten::__is__", "aten::__isnot__"}]
+    return [*graph.findAllNodes("aten::__is__"), *graph.findAllNodes("aten::__isnot__")]
 
 
 def _fold_identities(graph: Graph) -> bool:

@@ -111,9 +111,9 @@ def _plain(module: torch.jit.ScriptModule, graph: Graph, *, fused: bool = False)
         return value if isinstance(value, bool) else None
 
     fix_flags(graph, flag)
+    if not fused:
+        take_plain_paths(graph)
     simplify(graph)
-    if not fused and take_plain_paths(graph):
-        simplify(graph)
     return graph
 
 
