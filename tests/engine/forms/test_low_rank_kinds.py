@@ -263,7 +263,8 @@ def test_factors_may_be_stored_in_sixteen_bits(name: str, store_dtype: str) -> N
     stored = getattr(torch, store_dtype)
     assert torch.equal(factors.left.to(stored).float(), factors.left)  # the C step knows the rounding
     expected = layer(term.project(factors))
-    module = torch.jit.script(term.emit_weight(factors) if term.composed else term.emit(factors, layer.bias))
+    plain = term.emit_weight(factors) if term.composed else term.emit(factors, layer.bias)
+    module = torch.jit.script(plain.to(torch.float32))  # the dtype of the network, not of the file
     made = layer(module()) if term.composed else module(layer.x)
     assert made.dtype == torch.float32
     assert torch.allclose(made, expected, atol=1e-4 * float(expected.abs().max()))

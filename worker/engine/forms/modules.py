@@ -1,5 +1,7 @@
 """The plain modules that compressed layers are emitted as; each scripts, saves, trains and loads in stock PyTorch."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -65,6 +67,13 @@ class Factor(nn.Module):
     def forward(self) -> Tensor:
         """Cast the factor."""
         return self.value.to(self.like.dtype)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Factor":  # noqa: FBT001, FBT002
+        """Keep the factor's own dtype where the network around it changes its."""
+        dtype = self.value.dtype
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.value.data = self.value.data.to(dtype)
+        return self
 
 
 class ArrangedFactor(nn.Module):
