@@ -3,7 +3,6 @@
 from collections import defaultdict
 from collections.abc import Sequence
 from enum import StrEnum
-from math import prod
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
@@ -181,7 +180,7 @@ def _plan(facts: LayerFacts, rows: list[RankRow]) -> LayerPlan:
         compressed_params=sum(row.params for row in rows) if rows else facts.params,
         compressed_macs=_compressed_macs(facts, rows),
         compressed_bits=_compressed_bits(rows, kept),
-        terms=[_term(row, facts) for row in sorted(rows, key=lambda row: row.term) if row.form is not Form.DENSE],
+        terms=[_term(row) for row in sorted(rows, key=lambda row: row.term) if row.form is not Form.DENSE],
         step=rows[0].step if rows else None,
     )
 
@@ -211,13 +210,13 @@ def _compressed_bits(rows: list[RankRow], kept: list[RankRow]) -> int | None:
     return sum(row.bits for row in rows) if counted else None
 
 
-def _term(row: RankRow, facts: LayerFacts) -> TermPlan:
+def _term(row: RankRow) -> TermPlan:
     shared = row.model_dump(include={"term", "type", "form", "rank", "params", "macs", "bits", "details", "reason"})
     macs_stay = bool(row.details.get("macs_stay", row.form in _COMPOSED_FORMS))
-    return TermPlan(**shared, summary=_summary(row, facts), macs_stay=macs_stay)
+    return TermPlan(**shared, summary=_summary(row), macs_stay=macs_stay)
 
 
-def _summary(row: RankRow, facts: LayerFacts) -> str:
+def _summary(row: RankRow) -> str:
     """Say a term's size in its own unit."""
     units = row.rank or 0
     if row.type == "tucker2":
@@ -225,7 +224,8 @@ def _summary(row: RankRow, facts: LayerFacts) -> str:
     if row.type == "quantize":
         return f"{row.details.get('values', units)} values"
     if row.type == "prune":
-        weights = prod(facts.weight_shape) if facts.weight_shape else 0
-        kept = row.details.get("kept", units)
-        return f"kept {100 * kept / weights:.1f} %" if weights else f"kept {kept}"
+        share, group = row.details.get("kept_fraction"), row.details.get("group", "weight")
+        if share is None or group != "weight":
+            return f"kept {units} {group}s"
+        return f"kept {100 * share:.1f} %"
     return f"rank {units}" if row.type == "low_rank" else f"{row.type} {units}"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from worker.engine.csteps.additive import Projection
-from worker.engine.forms.bias import bias_alone
+from worker.engine.forms.bias import ZeroWeight, bias_alone
 from worker.engine.forms.geometry import Geometry
 from worker.engine.forms.modules import SumOfBranches, SumOfWeights
 from worker.engine.forms.registry import term_class
@@ -144,20 +144,41 @@ def _emit(layer: dict[str, Any], given: Sequence[Any] | None, bias: Tensor | Non
     factored: list[tuple[Term, Any]] = []
     for spec in layer["terms"]:
         term = term_class(spec["type"]).from_facts(spec["term"], geometry)
-        held = given[spec["place"]] if given is not None else term.restore({}, spec["theta"])
-        theta = term.restore(_of_dtype(held.tensors(), dtype), spec["theta"])
+        if given is None:
+            theta = _untrained(term, spec["theta"], dtype)
+        else:
+            theta = term.restore(_of_dtype(given[spec["place"]].tensors(), dtype), spec["theta"])
         if term.composed:
             composed.append(term.emit_weight(theta))
         else:
             factored.append((term, theta))
     weight = (composed[0] if len(composed) == 1 else SumOfWeights(composed)) if composed else None
+    if not factored and not composed:
+        return _nothing(geometry, bias, dtype)
     if not factored:
-        return Replacement(None if composed else bias_alone(geometry, bias, dtype), weight)
+        return Replacement(None, weight)
     branches = [
         term.emit(theta, bias if number == 0 and weight is None else None)
         for number, (term, theta) in enumerate(factored)
     ]
     return Replacement(branches[0] if len(branches) == 1 else SumOfBranches(branches), weight)
+
+
+def _nothing(geometry: Geometry, bias: Tensor | None, dtype: torch.dtype) -> Replacement:
+    """What stands for a layer whose terms all fell away: its bias, or a weight of zeros for operators unknown."""
+    if geometry.kind == "parameter":
+        return Replacement(None, ZeroWeight(list(geometry.weight_shape), dtype))
+    return Replacement(bias_alone(geometry, bias, dtype), None)
+
+
+def _untrained(term: Term, facts: dict[str, Any], dtype: torch.dtype) -> Any:
+    """Make a Θ whose numbers are loaded later; what it stores in another dtype than the layer's stays so."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        return term.restore({}, facts)
+    finally:
+        torch.set_default_dtype(before)
 
 
 def code_count(recipe: Recipe) -> int:
@@ -172,8 +193,10 @@ def geometry_from(held: Mapping[str, Any]) -> Geometry:
 
 
 def _codes(term: Term, theta: Any) -> int:
-    floating: int = sum(tensor.numel() for tensor in theta.tensors().values() if tensor.is_floating_point())
-    return max(int(term.counts(theta).params) - floating, 0)
+    """Numbers of a Θ that its module holds in buffers."""
+    module = term.emit_weight(theta) if term.composed else term.emit(theta, None)
+    trained: int = sum(parameter.numel() for parameter in module.parameters())
+    return int(term.counts(theta).params) - trained
 
 
 def _of_dtype(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:

@@ -12,10 +12,10 @@ from worker.engine.network.layers import Layer
 
 UNITS: dict[Metric, str] = {"macs": "multiply-adds", "params": "parameters", "bytes": "bytes"}  # of a size, in words
 
-# Measured on emitted files; a bound, so that a budget in bytes of the file is kept.
+# Measured on emitted files; bounds, so that a budget in bytes of the file is kept.
 FILE_OVERHEAD_BYTES = 4096
-LAYER_OVERHEAD_BYTES = 512
-TERM_OVERHEAD_BYTES = 1536
+FACTORED_OVERHEAD_BYTES = 2048
+COMPOSED_OVERHEAD_BYTES = 5120
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,11 @@ class LayerProblem:
         return all(choice.fixed for choice in self.choices)
 
     @property
+    def given(self) -> bool:
+        """Whether the spec decides the size of every term, so that being dense is no candidate."""
+        return all(choice.given for choice in self.choices)
+
+    @property
     def joint(self) -> bool:
         """Whether it shares a term with other layers."""
         return any(choice.joint_group is not None for choice in self.choices)
@@ -131,5 +136,7 @@ def sum_size(geometry: Geometry, metric: Metric, composed: Sequence[bool], count
 
 def emitted_overhead_bytes(problems: Sequence[LayerProblem]) -> int:
     """Room for what a file needs beside numbers: code of the emitted modules, each tensor's place in the archive."""
-    terms = sum(len(problem.choices) for problem in problems)
-    return FILE_OVERHEAD_BYTES + len(problems) * LAYER_OVERHEAD_BYTES + terms * TERM_OVERHEAD_BYTES
+    terms = [choice.term for problem in problems for choice in problem.choices]
+    return FILE_OVERHEAD_BYTES + sum(
+        COMPOSED_OVERHEAD_BYTES if term.composed else FACTORED_OVERHEAD_BYTES for term in terms
+    )

@@ -210,16 +210,19 @@ def _choice(
         asked = (rule.rank, rule.rank)
     if isinstance(spec, LowRankTermSpec) and rule.max_rank is not None and asked is None:
         asked = (0, rule.max_rank)
+    if group is not None:  # what its layers share is decided by them together
+        return TermChoice(term, pricing.price, 0, term.units_max, joint_group=group, given=True)
     highest = highest_units(term, pricing.metric)
     low, high = asked if asked is not None else (0, term.units_max)
     if low == high > 0:
         if low > highest:
             return term.form, ReasonCode.RANK_ABOVE_BREAK_EVEN if term.graded else ReasonCode.NOT_CHEAPER
-        return TermChoice(term, pricing.price, low, high, joint_group=group)
+        return TermChoice(term, pricing.price, low, high, given=True)
     if highest < 1:
         return term.form, ReasonCode.NOT_CHEAPER
     bounded = min(high, highest)
-    return TermChoice(term, pricing.price, min(low, bounded), bounded, min(term.units_max, high), group)
+    given = spec.fixes_its_size
+    return TermChoice(term, pricing.price, min(low, bounded), bounded, min(term.units_max, high), given=given)
 
 
 def highest_units(term: Term, metric: Metric) -> int:

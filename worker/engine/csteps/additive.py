@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from worker.engine.forms.term import Ask, Counts, Price, Term
+from worker.engine.forms.term import Accuracy, Ask, Counts, Price, Term
 
-STALL_RELATIVE = 1e-4  # a sweep that gains less than this part of the objective ends the alternation
+STALL_RELATIVE = 5e-5  # a sweep that gains less than this part of the objective ends the alternation
 SWEEPS_MAX = 10  # the authors' own number; most C steps stall long before
 
 
@@ -29,10 +29,13 @@ class Moment:
         2λ/μ.
     mu : float
         μ; infinite where no step is under way (direct compression).
+    accuracy : Accuracy
+        Of the closed forms.
     """
 
     pressure: float
     mu: float = inf
+    accuracy: Accuracy = Accuracy.EXACT
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,8 @@ class TermChoice:
         The upper bound of the spec alone, where `rank_high` is lower because more would cost as much as dense.
     joint_group : str, optional
         Equal for the terms of several layers whose C step is made at once.
+    given : bool
+        Whether the spec decides the size, by a number of units or by what weighs against them (a radius, a penalty).
     """
 
     term: Term
@@ -59,6 +64,7 @@ class TermChoice:
     rank_high: int
     rank_high_asked: int | None = None
     joint_group: str | None = None
+    given: bool = False
 
     @property
     def fixed(self) -> bool:
@@ -74,13 +80,17 @@ class TermChoice:
         """Return the same term with its units fixed."""
         return replace(self, rank_low=rank, rank_high=rank)
 
+    def settled(self, theta: Any) -> "TermChoice":
+        """Return the same with the term as a Θ has settled it."""
+        return replace(self, term=self.term.settled(theta))
+
     def past_break_even(self) -> "TermChoice":
         """Return the same term bounded by the spec alone, as the published pseudocode has it."""
         return self if self.rank_high_asked is None else replace(self, rank_high=self.rank_high_asked)
 
     def ask(self, moment: Moment) -> Ask:
         """What the term is asked for."""
-        return Ask(moment.pressure, self.rank_low, self.rank_high, moment.mu, self.price)
+        return Ask(moment.pressure, self.rank_low, self.rank_high, moment.mu, self.price, moment.accuracy)
 
     def cost(self, theta: Any) -> float:
         """C of a Θ."""
@@ -94,7 +104,7 @@ class Projection:
     Parameters
     ----------
     factors : tuple of Theta
-        Θ of each term, float64; empty where a term fell away.
+        Θ of each term; empty where a term fell away.
     error : float
         ‖W − Σ Δ(Θ)‖².
     objective : float
@@ -132,6 +142,7 @@ def project(
     sweeps: int | None = None,
     rank_total_low: int = 0,
     dense_cost: float | None = None,
+    accuracy: Accuracy = Accuracy.EXACT,
 ) -> Projection:
     """Make the C step of one layer.
 
@@ -154,20 +165,26 @@ def project(
         Least sum of the units.
     dense_cost : float, optional
         C of the dense layer; given, W itself is one more candidate.
+    accuracy : Accuracy
+        Of the closed forms. A term that is alone is exact whatever is asked: no later sweep would mend it.
 
     Returns
     -------
     Projection
     """
-    moment = Moment(pressure, mu)
-    target = weight.detach().to(torch.float64)
+    active = [choice for choice in choices if choice.rank_high > 0]
+    if accuracy is Accuracy.WARM and (len(active) <= 1 or warm is None):
+        accuracy = Accuracy.SINGLE
+    moment = Moment(pressure, mu, accuracy)
+    single = accuracy is not Accuracy.EXACT and all(choice.term.takes_float32 for choice in active)
+    target = weight.detach().to(torch.float32 if single else torch.float64)
     start = list(warm) if warm is not None else [choice.term.empty(target) for choice in choices]
     best = _alternate(target, choices, moment, start, sweeps)
-    if sweeps is None and len([choice for choice in choices if choice.rank_high > 0]) > 1:
-        single = min(_singles(target, choices, moment), key=lambda made: made.objective, default=best)
-        if single.objective < best.objective:
-            again = _alternate(target, choices, moment, list(single.factors), None)
-            best = again if again.objective <= single.objective else single
+    if sweeps is None and len(active) > 1:
+        alone = min(_singles(target, choices, moment, best.objective), key=lambda made: made.objective, default=best)
+        if alone.objective < best.objective:
+            again = _alternate(target, choices, moment, list(alone.factors), None)
+            best = again if again.objective <= alone.objective else alone
     if sum(best.ranks) < rank_total_low:
         best = _raise_ranks(target, choices, moment, best, rank_total_low)
     if dense_cost is not None and pressure * dense_cost < best.objective:
@@ -176,54 +193,122 @@ def project(
 
 
 def _alternate(
-    target: Tensor, choices: Sequence[TermChoice], moment: Moment, thetas: list[Any], sweeps: int | None
+    target: Tensor, choices: Sequence[TermChoice], moment: Moment, thetas: Sequence[Any], sweeps: int | None
 ) -> Projection:
-    """Fit each term in turn to what the others leave; with closed forms the objective never rises.
+    """Fit each term in turn to what the others leave, until the decrease stalls or for a given number of sweeps.
 
-    A term that only approximates its C step (a quantized factor, a local optimum) may raise it: then the sweep before
-    stands, unless the number of sweeps is given.
+    With closed forms the objective never rises. A term that only approximates its C step (a quantized factor, a local
+    optimum) may raise it, and so may an extrapolation: then the sweep before stands, unless the number is given.
     """
     active = [index for index, choice in enumerate(choices) if choice.rank_high > 0]
-    thetas = [made if index in active else choices[index].term.empty(target) for index, made in enumerate(thetas)]
-    parts = [choice.term.project(made) for choice, made in zip(choices, thetas, strict=True)]
-    total = torch.stack(parts).sum(dim=0) if parts else torch.zeros_like(target)
+    begin = [made if index in active else choices[index].term.empty(target) for index, made in enumerate(thetas)]
+    under_way = _Alternation(target, choices, moment, active, begin)
     limit = sweeps if sweeps is not None else SWEEPS_MAX
     limit = min(limit, 1) if len(active) <= 1 else limit  # one term on its own is closed form
+    extrapolates = sweeps is None and all(choices[index].term.graded for index in active)
     best: Projection | None = None
     for done in range(1, limit + 1):
-        for index in active:
-            residual = target - (total - parts[index])
-            thetas[index] = choices[index].term.fit(residual, choices[index].ask(moment), thetas[index])
-            updated = choices[index].term.project(thetas[index])
-            total = total - parts[index] + updated
-            parts[index] = updated
-        made = _made(target, total, choices, thetas, moment, done)
+        under_way.sweep(extrapolates=extrapolates)
+        made = under_way.projection(done)
         if sweeps is None and best is not None and best.objective - made.objective <= STALL_RELATIVE * made.objective:
-            return made if made.objective <= best.objective else replace(best, sweeps=done)
+            if made.objective <= best.objective:
+                return made
+            if not under_way.extrapolated:
+                return replace(best, sweeps=done)
+            under_way = _Alternation(target, choices, moment, active, best.factors)
+            continue
         best = made
-    return best if best is not None else _made(target, total, choices, thetas, moment, 0)
+    return best if best is not None else under_way.projection(0)
 
 
-def _made(
-    target: Tensor, total: Tensor, choices: Sequence[TermChoice], thetas: Sequence[Any], moment: Moment, sweeps: int
-) -> Projection:
-    error = float((target - total).square().sum())
+class _Alternation:
+    """The sum of a layer's terms under way.
+
+    Sweeps converge linearly, the slower the more two terms can explain the same. The first term of a sweep is
+    therefore fitted to what the others leave where they are heading to: R + ω(R − R of the sweep before), with
+    Nesterov's ω = 2s/(s + 3) after s sweeps. Every Θ stays a closed form of some residual, and after the last term's
+    the objective is that of any other sum.
+    """
+
+    def __init__(
+        self,
+        target: Tensor,
+        choices: Sequence[TermChoice],
+        moment: Moment,
+        active: Sequence[int],
+        thetas: Sequence[Any],
+    ) -> None:
+        self._choices = choices
+        self._moment = moment
+        self._active = active
+        self._thetas = list(thetas)
+        self._parts: dict[int, Tensor] = {}
+        self._gap = target  # target − Σ parts
+        if len(active) > 1:  # of a single term nothing is left by others
+            for index in active:
+                self._put(index, thetas[index])
+        self._sweeps = 0
+        self._former: Tensor | None = None
+        self.extrapolated = False
+
+    def sweep(self, *, extrapolates: bool) -> None:
+        """Fit every term once."""
+        weight = 2 * self._sweeps / (self._sweeps + 3)
+        self.extrapolated = extrapolates and weight > 0
+        for place, index in enumerate(self._active):
+            residual = self._take(index)
+            if place == 0 and extrapolates and len(self._active) > 1:
+                asked = residual if self._former is None else residual.lerp(self._former, -weight)
+                self._former = residual
+            else:
+                asked = residual
+            choice = self._choices[index]
+            self._thetas[index] = choice.term.fit(asked, choice.ask(self._moment), self._thetas[index])
+            self._put(index, self._thetas[index])
+        self._sweeps += 1
+
+    def projection(self, sweeps: int) -> Projection:
+        """Make the projection of the sum as it stands."""
+        return _made(self._gap, self._choices, self._thetas, self._moment, sweeps)
+
+    def _take(self, index: int) -> Tensor:
+        """Take a part out of the sum; returns what the others leave."""
+        part = self._parts.pop(index, None)
+        if part is not None:
+            self._gap += part
+        return self._gap
+
+    def _put(self, index: int, theta: Any) -> None:
+        part = self._choices[index].term.project(theta).to(self._gap.dtype)
+        self._parts[index] = part
+        self._gap = self._gap - part  # a new tensor: the residual may be part of Θ
+
+
+def _made(gap: Tensor, choices: Sequence[TermChoice], thetas: Sequence[Any], moment: Moment, sweeps: int) -> Projection:
+    error = float(torch.linalg.vector_norm(gap, dtype=torch.float64)) ** 2
     pairs = list(zip(choices, thetas, strict=True))
     cost = sum(choice.cost(theta) for choice, theta in pairs)
     own = sum(choice.term.own_penalty(theta, choice.ask(moment)) for choice, theta in pairs)
     return Projection(tuple(thetas), error, moment.pressure * cost + own + error, sweeps)
 
 
-def _singles(target: Tensor, choices: Sequence[TermChoice], moment: Moment) -> list[Projection]:
-    """Give each term alone the whole weight, where the others' lower bounds allow that they are empty."""
+def _singles(
+    target: Tensor, choices: Sequence[TermChoice], moment: Moment, objective: float
+) -> list[Projection]:
+    """Give each term alone the whole weight, where the others' lower bounds allow that they are empty.
+
+    A term is left out where it cannot come below `objective`.
+    """
     made = []
     for index, choice in enumerate(choices):
         others_may_be_empty = all(other.rank_low == 0 for place, other in enumerate(choices) if place != index)
         if choice.rank_high == 0 or not others_may_be_empty:
             continue
+        if choice.term.least_objective(target, choice.ask(moment)) >= objective:
+            continue
         thetas = [other.term.empty(target) for other in choices]
         thetas[index] = choice.term.fit(target, choice.ask(moment))
-        made.append(_made(target, choice.term.project(thetas[index]), choices, thetas, moment, 1))
+        made.append(_made(target - choice.term.project(thetas[index]), choices, thetas, moment, 1))
     return made
 
 
@@ -231,22 +316,34 @@ def _raise_ranks(
     target: Tensor, choices: Sequence[TermChoice], moment: Moment, made: Projection, rank_total_low: int
 ) -> Projection:
     """Add the units that cost least for what they explain until the layer has its least total."""
-    while sum(made.ranks) < rank_total_low:
-        parts = [choice.term.project(theta) for choice, theta in zip(choices, made.factors, strict=True)]
-        residual = target - torch.stack(parts).sum(dim=0)
-        best_index, best_loss = -1, inf
-        for index, choice in enumerate(choices):
-            term = choice.term.settled(made.factors[index])
-            if made.ranks[index] >= choice.rank_high or not term.graded:
-                continue
-            loss = moment.pressure * choice.price(term.counts_at(1)) - float(term.energies(residual)[0])
-            if loss < best_loss:
-                best_index, best_loss = index, loss
-        if best_index < 0:
+    while (total := sum(made.ranks)) < rank_total_low:
+        index = _cheapest_unit(target, choices, moment, made)
+        if index is None:
             break
-        fixed = [
-            choice.at_rank(rank + (index == best_index)) if choice.term.graded else choice
-            for index, (choice, rank) in enumerate(zip(choices, made.ranks, strict=True))
-        ]
-        made = _alternate(target, fixed, moment, list(made.factors), 1)
+        raised = []
+        for place, (choice, theta) in enumerate(zip(choices, made.factors, strict=True)):
+            settled = choice.settled(theta)
+            if settled.term.graded:
+                raised.append(settled.at_rank(theta.units + (place == index)))
+            else:
+                raised.append(replace(choice, rank_low=max(choice.rank_low, int(place == index))))
+        made = _alternate(target, raised, moment, list(made.factors), 1)
+        if sum(made.ranks) <= total:
+            break
     return made
+
+
+def _cheapest_unit(target: Tensor, choices: Sequence[TermChoice], moment: Moment, made: Projection) -> int | None:
+    """Find the graded term whose next unit is best; without one, the first other term that may grow."""
+    parts = [choice.term.project(theta) for choice, theta in zip(choices, made.factors, strict=True)]
+    residual = target - torch.stack(parts).sum(dim=0)
+    losses: dict[int, float] = {}
+    for index, (choice, theta) in enumerate(zip(choices, made.factors, strict=True)):
+        term = choice.term.settled(theta)
+        if term.graded and theta.units < choice.rank_high:
+            unit_price = choice.price(term.counts_at(1))
+            losses[index] = moment.pressure * unit_price - float(term.energies(residual)[0])
+    if losses:
+        return min(losses, key=lambda index: losses[index])
+    empty = [index for index, rank in enumerate(made.ranks) if rank == 0 and choices[index].rank_high > 0]
+    return empty[0] if empty else None

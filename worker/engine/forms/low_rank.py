@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from service.contract.plan import Form, ReasonCode
 from service.contract.terms import LowRankTermSpec, NamedReshape
 from worker.engine.csteps.group_spectrum import group_energies, group_spectrum
-from worker.engine.csteps.spectrum import energies_of, leading_spectrum, select_rank
+from worker.engine.csteps.spectrum import energies_of, least_objective, select_rank
+from worker.engine.csteps.warm import best_factors
 from worker.engine.forms.factor_operators import Source
 from worker.engine.forms.factors import Factors
 from worker.engine.forms.geometry import CONVOLUTIONS, TRANSPOSED, Geometry, Shape
@@ -63,6 +64,7 @@ class LowRankTerm(Term):
     """
 
     type_name: ClassVar[str] = "low_rank"
+    takes_float32: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -187,30 +189,31 @@ class LowRankTerm(Term):
         made = [like.new_zeros((*lead, *shape), dtype=torch.float64) for shape in ((p, 0), (0, q))]
         return Factors(made[0], made[1], self.place)
 
-    def fit(self, residual: Tensor, ask: Ask, warm: Factors | None = None) -> Factors:  # noqa: ARG002
+    def fit(self, residual: Tensor, ask: Ask, warm: Factors | None = None) -> Factors:
         """Closed form: the pairs above the threshold, within the bounds (methods L.2)."""
-        return self._stored(self._fitted(residual, ask))
+        return self._stored(self._fitted(residual, ask, warm))
 
-    def _fitted(self, residual: Tensor, ask: Ask) -> Factors:
+    def least_objective(self, residual: Tensor, ask: Ask) -> float:
+        """By the energies alone; where the groups of a layer share the rank there is no bound."""
+        if self.groups > 1:
+            return float("-inf")
+        threshold = ask.pressure * ask.price(self.counts_at(1))
+        return least_objective(self.reshape.to_matrix(residual), threshold, ask.low, ask.high, ask.accuracy)
+
+    def _fitted(self, residual: Tensor, ask: Ask, warm: Factors | None) -> Factors:
         threshold = ask.pressure * ask.price(self.counts_at(1))
         if self.groups > 1:
             whole = group_spectrum(self.reshape.to_matrices(residual, self.groups))
             return whole.factors(select_rank(whole.energies, threshold, ask.low, ask.high))
         matrix = self.reshape.to_matrix(residual)
-        if ask.low == ask.high:
-            return leading_spectrum(matrix, at_most=ask.high).factors(ask.high)
-        spectrum = leading_spectrum(matrix, above=threshold)
-        rank = select_rank(spectrum.energies, threshold, ask.low, ask.high)
-        if rank > spectrum.energies.shape[0]:
-            spectrum = leading_spectrum(matrix, at_most=rank)
-        return spectrum.factors(rank)
+        return best_factors(matrix, threshold, ask.low, ask.high, ask.accuracy, warm)
 
     def _stored(self, factors: Factors) -> Factors:
         """Round to the dtype of the file, so that what the loop pulls towards is what is stored."""
         if self.store_dtype is None:
             return replace(factors, place=self.place)
         dtype = STORE_DTYPES[self.store_dtype]
-        left, right = (value.to(dtype).to(torch.float64) for value in (factors.left, factors.right))
+        left, right = (value.to(dtype).to(value.dtype) for value in (factors.left, factors.right))
         return Factors(left, right, self.place)
 
     def restore(self, tensors: Mapping[str, Tensor], facts: Facts) -> Factors:

@@ -8,6 +8,7 @@ as. An additive combination W = Σ Δₜ(Θₜ) takes terms of any kind (methods
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Any, ClassVar, Protocol, Self
 
 from torch import Tensor, nn
@@ -74,6 +75,14 @@ class Price:
         return self.macs * counts.macs + self.params * counts.params + self.bytes * counts.bits / 8
 
 
+class Accuracy(StrEnum):
+    """How exactly a C step is made; a term that has only one way takes no notice."""
+
+    EXACT = "exact"  # in float64: what decides the ranks and factors that are emitted
+    SINGLE = "single"  # exact in float32
+    WARM = "warm"  # from the Θ before, in float32: the same units, at little more than the least objective
+
+
 @dataclass(frozen=True)
 class Ask:
     """What a C step asks of one term: the Θ of least pressure·C(Θ) + ‖residual − Δ(Θ)‖².
@@ -88,6 +97,8 @@ class Ask:
         μ, for penalties that are the term's own (α/μ). Infinite where no step is under way.
     price : Price
         C of counts.
+    accuracy : Accuracy
+        How exactly.
     """
 
     pressure: float
@@ -95,6 +106,7 @@ class Ask:
     high: int
     mu: float = float("inf")
     price: Price = Price()
+    accuracy: Accuracy = Accuracy.EXACT
 
 
 class NotApplicableError(Exception):
@@ -115,6 +127,7 @@ class Term(ABC):
     """
 
     type_name: ClassVar[str]
+    takes_float32: ClassVar[bool] = False  # whether `fit` takes residuals in float32 where it need not be exact
     geometry: Geometry
 
     @classmethod
@@ -221,12 +234,16 @@ class Term(ABC):
         Parameters
         ----------
         residual : Tensor
-            Of the weight's shape, float64.
+            Of the weight's shape; float64, or float32 where the term takes it and the ask is not for an exact step.
         ask : Ask
-            Price and bounds.
+            Price, bounds and accuracy.
         warm : Theta, optional
             Θ of the sweep or step before.
         """
+
+    def least_objective(self, residual: Tensor, ask: Ask) -> float:  # noqa: ARG002
+        """Lower bound of the C step's objective that costs less to find than its Θ; −∞ where there is none."""
+        return float("-inf")
 
     @abstractmethod
     def project(self, theta: Any) -> Tensor:
@@ -234,7 +251,7 @@ class Term(ABC):
 
     @abstractmethod
     def restore(self, tensors: Mapping[str, Tensor], facts: Facts) -> Any:
-        """Make a Θ again from its own `tensors` and `facts`; without tensors an untrained one of the same shapes."""
+        """Make a Θ again from its own `tensors` and `facts`; without tensors an untrained one, in the default dtype."""
 
     def emit(self, theta: Any, bias: Tensor | None) -> nn.Module:
         """Make the plain module that takes the layer's input and gives its output; for terms that are not composed.

@@ -56,7 +56,7 @@ class Curve:
             objective = pressure * price * rank + float(energies[rank:].sum())
             if objective < best:
                 best, size = objective, self._size(place, rank)
-        if pressure * self.problem.dense_price < best and not self.problem.fixed:
+        if pressure * self.problem.dense_price < best and not self.problem.given:
             return self.problem.dense_size
         return size
 

@@ -105,7 +105,7 @@ def _project_one(
         warm=warm,
         sweeps=sweeps,
         rank_total_low=0 if literal else problem.rank_total_low,
-        dense_cost=None if literal or problem.fixed else problem.dense_price,
+        dense_cost=None if literal or problem.given else problem.dense_price,
     )
 
 
