@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from tiny_jobs import archive, save_model
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from tests.engine.tiny_jobs import archive, save_model
 
 
 class Tagger(nn.Module):

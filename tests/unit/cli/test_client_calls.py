@@ -34,6 +34,23 @@ def test_submit_uploads_the_model_when_the_data_is_an_id(client: Client, stub: S
     assert ids.is_id(stub.submissions[0]["model_id"], ids.MODEL)
 
 
+def test_submit_brings_a_loss_along_and_names_it(client: Client, stub: StubService, model: Path) -> None:
+    client.submit({**SPEC, "objective": {"distillation": 0.1}}, model=model, data=model, objective=model)
+    sent = stub.submissions[0]
+    assert sent["objective"] == model.read_bytes()
+    assert sent["spec"] == {**SPEC, "objective": {"distillation": 0.1, "loss": {"module": "objective"}}}
+
+
+def test_submit_names_an_uploaded_loss(client: Client, stub: StubService, model: Path) -> None:
+    loss_id = ids.new_id(ids.MODEL)
+    client.submit(SPEC, model=model, data=model, objective=loss_id)
+    client.submit(SPEC, model=ids.new_id(ids.MODEL), data=ids.new_id(ids.DATASET), objective=model)
+    first, second = stub.submissions
+    assert first["spec"]["objective"] == {"loss": {"module": loss_id}}
+    assert "objective" not in first
+    assert ids.is_id(second["spec"]["objective"]["loss"]["module"], ids.MODEL)  # uploaded on the way
+
+
 def test_submit_is_tried_again_with_the_same_key(client: Client, stub: StubService, model: Path) -> None:
     stub.fail_first = 2
     client.submit(SPEC, model=model)
