@@ -1,6 +1,7 @@
 """A loss module against our own losses; its units; and what is refused before anything is trained."""
 
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -289,6 +290,23 @@ def test_a_file_that_is_no_archive_is_damaged(tmp_path: Path) -> None:
     with pytest.raises(ProblemError) as caught:
         load_objective(path, CPU)
     assert caught.value.code == ErrorCode.MODEL_CORRUPT
+
+
+def test_the_example_of_the_documentation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "spec.md").read_text(encoding="utf-8")
+    (tmp_path / "example.py").write_text(page.partition("```python\n")[2].partition("```")[0], encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    import_module("example")
+    model, data, _ = save_case(CASES["tagger"], tmp_path / "case", count=40)
+    dataset, network = Dataset(dict(np.load(data)), DataSpec(), 0, ["x"]), load_model(model)
+    spec = ObjectiveSpec.model_validate({"loss": OWN})
+    made = ModuleObjective(spec, load_objective(tmp_path / "loss.pt", CPU), dataset)
+    batch = dataset.rows("train", np.arange(8), CPU)
+    with torch.no_grad():
+        made.try_out(network(*batch.inputs), batch)
+    assert made.separable
+    assert made.metric.higher_is_better
 
 
 def test_lists_are_cut_like_tensors(tmp_path: Path) -> None:
