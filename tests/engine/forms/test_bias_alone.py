@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional
+from torch.utils.flop_counter import FlopCounterMode
 
 from worker.engine.forms.bias import ZeroWeight, bias_alone
 from worker.engine.forms.geometry import Geometry
@@ -21,6 +22,10 @@ def same(geometry: Geometry, bias: Tensor | None, x: Tensor, expected: Tensor) -
     assert torch.equal(made, expected)
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     assert len(trained) == (bias is not None)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        module(x).relu_()  # no view of the bias
+    assert counter.get_total_flops() == 0
+    assert torch.equal(module(x), expected)
 
 
 @settings(max_examples=60, deadline=None)

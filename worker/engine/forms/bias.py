@@ -15,7 +15,7 @@ class BiasRow(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Repeat the bias."""
-        return self.bias.expand(list(x.shape[:-1]) + [self.bias.size(0)])
+        return self.bias.expand(list(x.shape[:-1]) + [self.bias.size(0)]).clone()  # what follows may write into it
 
 
 class BiasEntry(nn.Module):
@@ -27,7 +27,7 @@ class BiasEntry(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Repeat the bias."""
-        return self.bias.expand(list(x.shape) + [self.bias.size(0)])
+        return self.bias.expand(list(x.shape) + [self.bias.size(0)]).clone()
 
 
 class BiasMap(nn.Module):
@@ -61,7 +61,7 @@ class BiasMap(nn.Module):
                 size = (size + 2 * self.padding[axis] - reach - 1) // self.stride[axis] + 1
             sizes.append(size)
         lead = list(x.shape[: x.dim() - axes - 1])
-        return self.bias.reshape([-1] + [1] * axes).expand(lead + [self.bias.size(0)] + sizes)
+        return self.bias.reshape([-1] + [1] * axes).expand(lead + [self.bias.size(0)] + sizes).clone()
 
 
 class ZeroWeight(nn.Module):
