@@ -7,6 +7,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from service.contract.term_words import size_in_words
+
 
 class Form(StrEnum):
     """What a layer becomes."""
@@ -213,19 +215,5 @@ def _compressed_bits(rows: list[RankRow], kept: list[RankRow]) -> int | None:
 def _term(row: RankRow) -> TermPlan:
     shared = row.model_dump(include={"term", "type", "form", "rank", "params", "macs", "bits", "details", "reason"})
     macs_stay = bool(row.details.get("macs_stay", row.form in _COMPOSED_FORMS))
-    return TermPlan(**shared, summary=_summary(row), macs_stay=macs_stay)
-
-
-def _summary(row: RankRow) -> str:
-    """Say a term's size in its own unit."""
-    units = row.rank or 0
-    if row.type == "tucker2":
-        return f"ranks {row.details.get('rank_in', units)}×{row.details.get('rank_out', units)}"
-    if row.type == "quantize":
-        return f"{row.details.get('values', units)} values"
-    if row.type == "prune":
-        share, group = row.details.get("kept_fraction"), row.details.get("group", "weight")
-        if share is None or group != "weight":
-            return f"kept {units} {group}s"
-        return f"kept {100 * share:.1f} %"
-    return f"rank {units}" if row.type == "low_rank" else f"{row.type} {units}"
+    words = size_in_words(row.type, row.rank or 0, row.details)
+    return TermPlan(**shared, summary=words, macs_stay=macs_stay)

@@ -78,7 +78,7 @@ def test_a_term_says_its_size_in_its_own_unit(database, running):
     assert conv.terms[1].details == {"kept": 8, "index": "bitmap"}
     assert [(term.summary, term.macs_stay) for term in fc.terms] == [("rank 3", False)]
     assert (fc.compressed_bits, emb.compressed_bits) == (2048, None)
-    assert emb.terms[0].summary == "ranks 3×5"
+    assert emb.terms[0].summary == "ranks 5×3"
 
 
 def test_a_dropped_term_is_shown_with_its_reason(database, running):
