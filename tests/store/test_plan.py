@@ -63,7 +63,7 @@ def test_the_plan_is_read_from_the_rows(database, running):
 
 def test_a_term_says_its_size_in_its_own_unit(database, running):
     quantized = {"type": "quantize", "details": {"values": 4}, "bits": 300}
-    pruned = {"type": "prune", "details": {"kept": 8, "index": "bitmap"}, "bits": 120}
+    pruned = {"type": "prune", "details": {"kept": 8, "kept_fraction": 8 / 216, "index": "bitmap"}, "bits": 120}
     write(database, running, [
         row(0, "conv", 0, Form.QUANTIZED, 4, 216, 0, **quantized),
         row(0, "conv", 1, Form.PRUNED, 8, 8, 1000, **pruned),
@@ -75,7 +75,7 @@ def test_a_term_says_its_size_in_its_own_unit(database, running):
     assert [(term.type, term.summary, term.macs_stay) for term in conv.terms] == [
         ("quantize", "4 values", True), ("prune", "kept 3.7 %", True),
     ]  # fmt: skip
-    assert conv.terms[1].details == {"kept": 8, "index": "bitmap"}
+    assert conv.terms[1].details == pruned["details"]
     assert [(term.summary, term.macs_stay) for term in fc.terms] == [("rank 3", False)]
     assert (fc.compressed_bits, emb.compressed_bits) == (2048, None)
     assert emb.terms[0].summary == "ranks 5×3"
