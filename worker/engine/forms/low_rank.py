@@ -21,6 +21,7 @@ from worker.engine.forms.low_rank_linear import EmbeddingChain, LinearChain
 from worker.engine.forms.modules import ComposedOfModules, ComposedWeight, Factor
 from worker.engine.forms.reshape import Reshape, Split, compose, named_reshape, reshape_of
 from worker.engine.forms.term import Ask, Counts, Facts, NotApplicableError, Term
+from worker.engine.forms.unpacked import UnpackedOnce
 
 STORE_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 _FORMS: tuple[tuple[NamedReshape, Form], ...] = (
@@ -151,7 +152,7 @@ class LowRankTerm(Term):
         return spec.min_rank or 0, self.rank_max if spec.max_rank is None else spec.max_rank
 
     def counts_at(self, units: int) -> Counts:
-        """Counts at a rank; those of composing are part of its multiply-adds."""
+        """Counts at a rank."""
         params = units * self.params_per_rank
         return Counts(params, units * self.macs_per_rank, params * self.bits_per_param)
 
@@ -172,10 +173,7 @@ class LowRankTerm(Term):
     @property
     def macs_per_rank(self) -> int:
         """Multiply-adds that one more rank costs, summed over the layer's calls."""
-        if self._chain is not None:
-            return self._chain.macs_per_rank
-        calls = len(self.geometry.calls)
-        return self.geometry.weight_params * (max(calls, 1) if self.geometry.kind == "parameter" else calls)
+        return 0 if self._chain is None else self._chain.macs_per_rank  # a weight is composed once, not at each call
 
     def energies(self, residual: Tensor) -> Tensor:
         """σ² of the residual's matrix, summed over the groups."""
@@ -247,11 +245,11 @@ class LowRankTerm(Term):
         return self.emit_of(*self._sources(factors), factors.rank, bias)
 
     def emit_weight(self, factors: Factors) -> nn.Module:
-        """Make the module that rebuilds the weight from the factors."""
+        """Make the module that rebuilds the weight from the factors, once for evaluation."""
         left, right = self._sources(factors)
         if isinstance(left, Tensor) and isinstance(right, Tensor):
             clones = [value.detach().clone(memory_format=torch.contiguous_format) for value in (left, right)]
-            return ComposedWeight(clones[0], clones[1], **self._composition())
+            return UnpackedOnce(ComposedWeight(clones[0], clones[1], **self._composition()))
         assert isinstance(left, nn.Module)  # noqa: S101  both come from the same place
         assert isinstance(right, nn.Module)  # noqa: S101
         return self.emit_weight_of(left, right)
@@ -272,7 +270,7 @@ class LowRankTerm(Term):
 
     def emit_weight_of(self, left: nn.Module, right: nn.Module) -> nn.Module:
         """As `emit_weight`, of modules whose ``forward()`` gives the factors."""
-        return ComposedOfModules(left, right, **self._composition())
+        return UnpackedOnce(ComposedOfModules(left, right, **self._composition()))
 
     @property
     def _lead(self) -> tuple[int, ...]:
@@ -319,7 +317,7 @@ class LowRankTerm(Term):
         return rank * self.params_per_rank
 
     def macs(self, rank: int) -> int:
-        """Multiply-adds at a rank; a composed term keeps those of the dense layer and adds those of composing."""
+        """Multiply-adds at a rank; a composed term keeps those of the dense layer."""
         if rank == 0:
             return 0
         return rank * self.macs_per_rank + (self.geometry.dense_macs if self.composed else 0)

@@ -68,6 +68,10 @@ class Factor(nn.Module):
         """Cast the factor."""
         return self.value.to(self.like.dtype)
 
+    def sources(self) -> list[Tensor]:
+        """What the factor depends on."""
+        return [self.value]
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Factor":  # noqa: FBT001, FBT002
         """Keep the factor's own dtype where the network around it changes its."""
         dtype = self.value.dtype
@@ -247,6 +251,10 @@ class ComposedWeight(nn.Module):
         matrix = torch.matmul(self.left, self.right)
         return matrix.reshape(self.permuted).permute(self.inverse).reshape(self.weight_shape)
 
+    def sources(self) -> list[Tensor]:
+        """What the weight depends on."""
+        return [self.left, self.right]
+
 
 class ComposedOfModules(nn.Module):
     """A weight rebuilt from its factors under a reshape, where modules give the factors."""
@@ -265,3 +273,9 @@ class ComposedOfModules(nn.Module):
         """Compose the weight."""
         matrix = torch.matmul(self.left(), self.right())
         return matrix.reshape(self.permuted).permute(self.inverse).reshape(self.weight_shape)
+
+    def sources(self) -> list[Tensor]:
+        """What the weight depends on."""
+        left: list[Tensor] = self.left.sources()  # type: ignore[operator]
+        right: list[Tensor] = self.right.sources()  # type: ignore[operator]
+        return left + right

@@ -1,12 +1,20 @@
 """The plain modules that packed weights are emitted as: codes and indices are buffers, values are parameters.
 
-Each scripts, saves, trains and loads in stock PyTorch. `forward()` gives the weight. Gradients go to the values.
+Each scripts, saves, trains and loads in stock PyTorch. `forward()` gives the weight. Gradients go to the values. One
+value stands for many weights, and its gradient is divided by their number (by Σ level² for a scale): a step along it
+is the step that gradient descent makes on the weight, projected back onto such weights. The plain sum would need a
+learning rate of its own, thousands of times smaller.
 """
 
 import torch
 from torch import Tensor, nn
 
 from worker.engine.forms.packing import unpack_codes, unpack_positions
+
+
+def _with_gradient_over(values: Tensor, numbers: Tensor) -> Tensor:
+    """The same values; what flows back through them is divided by the numbers."""
+    return values + (1.0 / numbers - 1.0) * (values - values.detach())
 
 
 class CodebookWeight(nn.Module):
@@ -35,8 +43,16 @@ class CodebookWeight(nn.Module):
         values: Tensor = self.values
         if values.element_size() < 4:  # a gradient is the sum over all weights of one code: not in 16 bits
             values = values.to(torch.float32)
-        weight = values.reshape(-1).index_select(0, codes).to(self.values.dtype)
+        values = values.reshape(-1)
+        if torch.is_grad_enabled():
+            numbers = torch.bincount(codes, minlength=values.numel()).clamp(min=1).to(values.dtype)
+            values = _with_gradient_over(values, numbers)
+        weight = values.index_select(0, codes).to(self.values.dtype)
         return weight.reshape(self.shape).movedim(0, self.axis)
+
+    def sources(self) -> list[Tensor]:
+        """What the weight depends on and training changes."""
+        return [self.values]
 
 
 class GridWeight(nn.Module):
@@ -78,8 +94,15 @@ class GridWeight(nn.Module):
         values: Tensor = self.values
         if values.element_size() < 4:
             values = values.to(torch.float32)
-        weight = (levels.reshape(values.size(0), -1).to(values.dtype) * values).to(self.values.dtype)
+        grid = levels.reshape(values.size(0), -1).to(values.dtype)
+        if torch.is_grad_enabled():
+            values = _with_gradient_over(values, grid.square().sum(dim=1, keepdim=True).clamp(min=1.0))
+        weight = (grid * values).to(self.values.dtype)
         return weight.reshape(self.shape).movedim(0, self.axis)
+
+    def sources(self) -> list[Tensor]:
+        """What the weight depends on and training changes."""
+        return [self.values]
 
 
 class PowerWeight(nn.Module):
@@ -107,6 +130,10 @@ class PowerWeight(nn.Module):
         weight = levels.reshape(self.values.size(0), -1) * self.values
         return weight.reshape(self.shape).movedim(0, self.axis)
 
+    def sources(self) -> list[Tensor]:
+        """What the weight depends on and training changes."""
+        return [self.values]
+
 
 class SparseWeight(nn.Module):
     """A weight that is zero but at some positions."""
@@ -130,6 +157,10 @@ class SparseWeight(nn.Module):
         weight = torch.zeros(count, dtype=self.values.dtype, device=self.values.device)
         return weight.index_copy(0, positions, self.values).reshape(self.shape)
 
+    def sources(self) -> list[Tensor]:
+        """What the weight depends on and training changes."""
+        return [self.values]
+
 
 class SlicedWeight(nn.Module):
     """A weight that is zero but in some slices along an axis."""
@@ -150,46 +181,65 @@ class SlicedWeight(nn.Module):
         weight = torch.zeros(shape, dtype=self.values.dtype, device=self.values.device)
         return weight.index_copy(self.axis, self.index.to(torch.int64), self.values)
 
+    def sources(self) -> list[Tensor]:
+        """What the weight depends on and training changes."""
+        return [self.values]
+
 
 class UnpackedOnce(nn.Module):
-    """A packed weight that is unpacked at the first call in evaluation mode, and again when something has changed.
+    """A weight that is rebuilt at the first call in evaluation mode, and again when something has changed.
 
-    The unpacked weight is a plain attribute: it is no part of the state of the module, does not move with it, and is
-    empty in a file that is saved before use. Where gradients are recorded, in training mode or not, the weight is
-    unpacked at every call, because they have to reach the values.
+    What it holds is in plain attributes: no part of the state of the module, not moved with it, and empty in a file
+    that is saved before use. Where gradients are recorded, in training mode or not, the weight is rebuilt at every
+    call, because they have to reach what it is made of. The module that it wraps names that in `sources`.
     """
+
+    seen: list[Tensor]
 
     def __init__(self, packed: nn.Module) -> None:
         super().__init__()
         self.packed = packed
         self.cache = torch.empty(0)
-        self.seen = torch.empty(0)  # the values that the cache was made of
+        self.seen = []  # the sources that the cache was made of
         self.version = -1
 
     def forward(self) -> Tensor:
         """Give the weight."""
-        values: Tensor = self.packed.values  # type: ignore[assignment]
+        sources: list[Tensor] = self.packed.sources()  # type: ignore[operator]
         if self.training or torch.is_grad_enabled():
             if self.cache.numel() > 0:
                 self._drop()
             weight: Tensor = self.packed()
             return weight
         version = -1
-        if torch.jit.is_scripting() and not values.is_inference():  # type: ignore[attr-defined]
-            version = values._version()  # type: ignore[operator]
-        stands = self.cache.numel() > 0 and self.version == version
-        stands = stands and self.cache.dtype == values.dtype and self.cache.device == values.device
-        if stands and not values.is_cuda:  # on a GPU this would wait for everything under way
-            stands = torch.equal(self.seen, values)
-        if not stands:
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
+            for source in sources:
+                if not source.is_inference():
+                    version += source._version()  # type: ignore[operator]
+        if self.cache.numel() == 0 or self.version != version or self._changed(sources):
             self.cache = self.packed().contiguous()
-            self.seen = values.clone()
+            self.seen = [source.clone() for source in sources]
             self.version = version
         return self.cache
 
+    def sources(self) -> list[Tensor]:
+        """What the weight depends on."""
+        held: list[Tensor] = self.packed.sources()  # type: ignore[operator]
+        return held
+
+    def _changed(self, sources: list[Tensor]) -> bool:
+        for place, source in enumerate(sources):
+            seen = self.seen[place]
+            if seen.dtype != source.dtype or seen.device != source.device:
+                return True
+            if not source.is_cuda and not torch.equal(seen, source):  # a GPU would wait for everything under way
+                return True
+        return False
+
     def _drop(self) -> None:
         self.cache = torch.empty(0)
-        self.seen = torch.empty(0)
+        seen: list[Tensor] = []
+        self.seen = seen
 
 
 def unpacked(packed: nn.Module, unpack: str) -> nn.Module:
