@@ -292,9 +292,7 @@ def _made(gap: Tensor, choices: Sequence[TermChoice], thetas: Sequence[Any], mom
     return Projection(tuple(thetas), error, moment.pressure * cost + own + error, sweeps)
 
 
-def _singles(
-    target: Tensor, choices: Sequence[TermChoice], moment: Moment, objective: float
-) -> list[Projection]:
+def _singles(target: Tensor, choices: Sequence[TermChoice], moment: Moment, objective: float) -> list[Projection]:
     """Give each term alone the whole weight, where the others' lower bounds allow that they are empty.
 
     A term is left out where it cannot come below `objective`.

@@ -110,7 +110,8 @@ def _unit_vectors(vectors: Tensor, dtype: torch.dtype) -> Tensor:
     """Scale the columns of a balanced factor to length 1; a fresh tensor, whatever the layout of the given one."""
     vectors = vectors.to(dtype)
     lengths = torch.linalg.vector_norm(vectors, dim=0)
-    return (vectors / lengths.clamp_min(torch.finfo(dtype).tiny)).contiguous()
+    made: Tensor = vectors / lengths.clamp_min(torch.finfo(dtype).tiny)
+    return made.contiguous()
 
 
 def _rayleigh_ritz(block: Tensor, across: Tensor) -> tuple[Tensor, Tensor | None]:
