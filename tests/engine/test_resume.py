@@ -23,14 +23,14 @@ from worker.engine.observer import Recorder, Saved
 pytestmark = pytest.mark.usefixtures("plain_executor")
 
 SPECS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], dict[str, Any]]] = {
-    # dropout, batch norm, sums of two terms, a budget, multipliers, steps of two epochs, a smaller last batch
+    # dropout, batch norm, augmented images, sums, a budget, multipliers, steps of two epochs, a smaller last batch
     "convnet": (
         ConvNet,
         (2, 8, 8),
         quick(
             budget={"max_macs_fraction": 0.5},
             method={"mu": {"steps": 4}},
-            training={"epochs_per_step": 2, "batch_size": 24},
+            training={"epochs_per_step": 2, "batch_size": 24, "augmentation": {"crop_pixels": 1, "flip": True}},
             fine_tune={"epochs": 2},
         ),
     ),
