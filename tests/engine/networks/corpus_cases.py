@@ -176,7 +176,7 @@ CASES: dict[str, Case] = {
         LstmTagger, words(), class_dim=2, kinds=frozenset({"parameter", "embedding"}), quick=("scripted",)
     ),
     "gru_tagger": Case(GruTagger, words(), class_dim=2, kinds=frozenset({"parameter"})),
-    "cell_loop": Case(CellLoop, numbers(6, 24), kinds=frozenset({"parameter"})),
+    "cell_loop": Case(CellLoop, numbers(6, 24), compressed=("cell.weight_hh",)),
     "loop_with_branch": Case(
         LoopWithBranch,
         numbers(20),

@@ -120,7 +120,9 @@ def check_plan(made: Compressed, case: Case, *, stored_only: bool = False) -> No
     `stored_only`: the artifact stores codes beside its parameters, so the number of its parameters is not the plan's.
     """
     reference = load_model(made.model)
-    assert [layer.name for layer in made.plan] == [layer.name for layer in find_layers(reference)]
+    whole = [layer.weight for layer in find_layers(reference)]
+    assert {layer.weight for layer in made.plan} >= set(whole), "a layer is missing"
+    assert len(made.plan) == len({layer.name for layer in made.plan})
     shown = {layer.name: (layer.kind, layer.form.value, layer.reason) for layer in made.plan}
     kinds = {layer.kind for layer in made.compressed.values()}
     assert case.kinds <= kinds, (sorted(case.kinds - kinds), shown)
@@ -130,6 +132,7 @@ def check_plan(made: Compressed, case: Case, *, stored_only: bool = False) -> No
     artifact = torch.jit.load(str(made.artifact))
     if not stored_only:
         assert count_params(artifact) == sum(layer.compressed_params for layer in made.plan)
+    assert made.report.compressed.params == sum(layer.compressed_params for layer in made.plan)
     assert made.report.reference.params == sum(layer.params for layer in made.plan)
     assert count_macs(artifact, _one(made)) == _planned_macs(made, reference)
     budget = made.report.budget

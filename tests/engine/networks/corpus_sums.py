@@ -87,13 +87,23 @@ SUMS: dict[str, Sum] = {
     "pruned_channels": Sum("resnet20", [_rule(prune(group="channel"))], MACS, forms=PRUNED, way="traced"),
     "tucker2": Sum("resnet20", [_rule({"type": "tucker2"}, kind="conv2d")], MACS, forms=TUCKER2),
     "tucker2_of_3d": Sum("conv3d", [_rule({"type": "tucker2", "ranks": [8, 8]}, match="conv2")], forms=TUCKER2),
-    "kronecker": Sum("vit", [_rule(low_rank("kronecker"))], PARAMS, forms=frozenset({"kronecker", "composed"})),
+    "kronecker": Sum("vit", [_rule(low_rank("kronecker"))], PARAMS, forms=frozenset({"kronecker"})),
     "best_reshape": Sum("lenet5", [_rule(low_rank("best"))], MACS),
     "half_precision_factors": Sum(
-        "lenet5", [_rule(low_rank(store_dtype="float16"))], PARAMS, forms=frozenset({"matrix"}), file_fraction=0.3
+        "lenet5",
+        [_rule(low_rank("channel", store_dtype="float16"), low_rank(store_dtype="float16"))],
+        PARAMS,
+        forms=frozenset({"matrix"}),
+        file_fraction=0.3,
     ),
     "quantized_factors": Sum("lenet300", [_rule(low_rank(rank=20, then=quantize(values=16)))], file_fraction=0.1),
-    "chunked": Sum("vgg16", [_rule(low_rank("chunked"))], PARAMS),
+    "chunked": Sum(
+        "lenet300",
+        [
+            _rule(low_rank("chunked")),
+        ],
+        PARAMS,
+    ),
     "general_reshape": Sum(
         "lenet5",
         [
@@ -119,14 +129,14 @@ SUMS: dict[str, Sum] = {
     ),
     "quantized_and_low_rank": Sum(
         "lenet5",
-        [_rule(quantize("ternary"), low_rank(rank=2))],
+        [_rule(quantize("ternary"), low_rank("channel", rank=2), low_rank(rank=2))],
         forms=QUANTIZED | {"matrix"},
         file_fraction=0.2,
         way="frozen",
     ),
     "three_terms": Sum(
         "lenet5",
-        [_rule(quantize("scaled_binary"), low_rank(rank=2), prune(keep_fraction=0.01))],
+        [_rule(quantize("scaled_binary"), low_rank("channel", rank=2), low_rank(rank=2), prune(keep_fraction=0.01))],
         forms=QUANTIZED | PRUNED | {"matrix"},
         file_fraction=0.2,
     ),
@@ -138,7 +148,7 @@ SUMS: dict[str, Sum] = {
     "tucker2_and_channel": Sum("vgg16", [_rule({"type": "tucker2"}, low_rank("channel"), kind="conv2d")], MACS),
     "transposed_sum": Sum(
         "autoencoder",
-        [_rule(low_rank(rank=6), prune(keep_fraction=0.03))],
+        [_rule(low_rank("channel", rank=6), low_rank(rank=6), prune(keep_fraction=0.03))],
         forms=PRUNED,
         file_fraction=0.4,
     ),
@@ -154,7 +164,7 @@ SUMS: dict[str, Sum] = {
             {"match": "topic", "keep": "dense"},
             _rule(low_rank()),
         ],
-        {"max_params_fraction": 0.6},
+        {"max_bytes_fraction": 0.6},
         forms=QUANTIZED,
     ),
     # Parameters by their names.
