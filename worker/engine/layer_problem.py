@@ -12,10 +12,7 @@ from worker.engine.network.layers import Layer
 
 UNITS: dict[Metric, str] = {"macs": "multiply-adds", "params": "parameters", "bytes": "bytes"}  # of a size, in words
 
-# Measured on emitted files; bounds, so that a budget in bytes of the file is kept.
-FILE_OVERHEAD_BYTES = 4096
-FACTORED_OVERHEAD_BYTES = 2048
-COMPOSED_OVERHEAD_BYTES = 5120
+FILE_OVERHEAD_BYTES = 4096  # measured on emitted files; a bound, so that a budget in bytes of the file is kept
 
 
 @dataclass(frozen=True)
@@ -137,6 +134,4 @@ def sum_size(geometry: Geometry, metric: Metric, composed: Sequence[bool], count
 def emitted_overhead_bytes(problems: Sequence[LayerProblem]) -> int:
     """Room for what a file needs beside numbers: code of the emitted modules, each tensor's place in the archive."""
     terms = [choice.term for problem in problems for choice in problem.choices]
-    return FILE_OVERHEAD_BYTES + sum(
-        COMPOSED_OVERHEAD_BYTES if term.composed else FACTORED_OVERHEAD_BYTES for term in terms
-    )
+    return FILE_OVERHEAD_BYTES + sum(term.overhead_bytes for term in terms)

@@ -13,7 +13,7 @@ from worker.engine.forms.geometry import Geometry, Shape
 from worker.engine.forms.low_rank import LowRankTerm
 from worker.engine.forms.quantized import Codes, QuantizeTerm
 from worker.engine.forms.reshape import Reshape
-from worker.engine.forms.term import Ask, Counts, Facts, Term
+from worker.engine.forms.term import COMPOSED_OVERHEAD_BYTES, Ask, Counts, Facts, Term
 
 ROUNDS_MAX = 5  # of fitting each factor to the other's quantized values
 
@@ -102,6 +102,11 @@ class QuantizedFactorsTerm(LowRankTerm):
     def at_place(self, place: int) -> "QuantizedFactorsTerm":
         """Return the same term as one of several reshapes."""
         return QuantizedFactorsTerm(self.reshape, self.geometry, self.then, groups=self.groups, place=place)
+
+    @property
+    def overhead_bytes(self) -> int:
+        """Two packed factors."""
+        return 2 * COMPOSED_OVERHEAD_BYTES
 
     def counts_at(self, units: int) -> Counts:
         """Counts at a rank: codes and values of both factors."""

@@ -19,6 +19,10 @@ from worker.engine.forms.geometry import Geometry
 
 Facts = dict[str, Any]  # JSON
 
+# Measured on emitted files; bounds, so that a budget in bytes of the file is kept.
+FACTORED_OVERHEAD_BYTES = 2048
+COMPOSED_OVERHEAD_BYTES = 5120
+
 
 @dataclass(frozen=True)
 class Counts:
@@ -164,6 +168,11 @@ class Term(ABC):
     def composed(self) -> bool:
         """Whether the weight is rebuilt from its parts and used by the dense operator, whose multiply-adds stay."""
         return True
+
+    @property
+    def overhead_bytes(self) -> int:
+        """Bytes of a file beside the numbers, for one emitted module: its code, and its tensors' places."""
+        return COMPOSED_OVERHEAD_BYTES if self.composed else FACTORED_OVERHEAD_BYTES
 
     @property
     def graded(self) -> bool:
