@@ -16,6 +16,7 @@ from torch import Tensor
 
 EXACT_WORK = 2.0e7  # candidates of the recursion that are affordable: 1 to 2 s on one core
 STEP_WORK = 1.0e6  # the same inside a loop that has a codebook to start from: 0.1 s
+PLACES_MAX = 16384  # to cut at, where not every one is tried
 LLOYD_MAX = 300
 Array = NDArray[np.float64]
 
@@ -67,8 +68,7 @@ def fit_codebook(rows: Tensor, size: int, warm: Tensor | None = None, *, in_loop
     if exact:
         tried.append(sorted_rows.means(_best_cuts(sorted_rows, cuts, size)))
     elif given is None or not in_loop:
-        coarse = sorted_rows.some_cuts(_affordable(len(sorted_rows.rows), size))
-        tried.append(sorted_rows.lloyd(sorted_rows.means(_best_cuts(sorted_rows, coarse, size))))
+        tried.append(sorted_rows.lloyd(_start(sorted_rows, size)))
     if given is not None and not exact:
         tried.append(sorted_rows.lloyd(given))
     errors = np.stack([sorted_rows.errors(values) for values in tried])
@@ -96,7 +96,7 @@ class _Sorted:
     """Rows in rising order with the sums of every interval at hand."""
 
     def __init__(self, rows: Array) -> None:
-        self.rows = np.sort(rows, axis=1)
+        self.rows = np.sort(np.ascontiguousarray(rows), axis=1)
         self.middle = self.rows.mean(axis=1, keepdims=True)  # sums of squares far from 0 would cancel
         centred = self.rows - self.middle
         self.sums = _prefix(centred)
@@ -180,10 +180,16 @@ def _work(cuts: NDArray[np.int64], size: int) -> float:
     return float(g * places) * (1 + max(size - 2, 0) * log2(max(places, 2)))
 
 
-def _affordable(g: int, size: int) -> int:
-    """Places to cut for which the recursion is affordable."""
-    places = EXACT_WORK / (g * (1 + max(size - 2, 0) * 14))
-    return int(min(max(places, 4 * size, 64), 16384))
+def _start(rows: _Sorted, size: int) -> Array:
+    """Values to start from: the best cuts among as many places as are affordable, or plain intervals."""
+    places = int(EXACT_WORK / (len(rows.rows) * (1 + max(size - 2, 0) * 14)))
+    if places >= 4 * size:
+        return rows.means(_best_cuts(rows, rows.some_cuts(min(places, PLACES_MAX)), size))
+    values = rows.means(rows.some_cuts(size))
+    missing = size - values.shape[1]
+    return (
+        values[:, :size] if missing <= 0 else np.concatenate([values, values[:, -1:].repeat(missing, axis=1)], axis=1)
+    )
 
 
 def _best_cuts(rows: _Sorted, cuts: NDArray[np.int64], size: int) -> NDArray[np.int64]:

@@ -56,8 +56,8 @@ def ball_threshold(norms: Tensor, radius: float) -> float:
     falling = work.sort(descending=True).values
     numbers = torch.arange(1, falling.numel() + 1, device=falling.device, dtype=torch.float64)
     shrinkages = (falling.cumsum(0) - radius) / numbers
-    passing = (falling > shrinkages).nonzero()
-    return float(shrinkages[int(passing[-1])])
+    passing = (falling > shrinkages).nonzero()  # none where a tiny radius is lost in rounding: the first passes
+    return float(shrinkages[int(passing[-1]) if len(passing) else 0])
 
 
 def number_above(

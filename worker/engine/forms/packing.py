@@ -133,10 +133,15 @@ class PackedIndex:
 
 def choose_index(positions: Tensor, count: int) -> PackedIndex:
     """Find the smallest way to store rising positions below `count`: a bitmap, or gaps of the best width."""
-    best = PackedIndex(0, count)
+    best, kept = PackedIndex(0, count), positions.numel()
+    if 2 * kept >= count:
+        return best
     gaps = _gaps(positions)
     for bits in range(2, _widest(count) + 1):
-        found = PackedIndex(bits, gaps.size + int((gaps // (2**bits - 1)).sum()))
+        if bits * kept >= 8 * best.stored_bytes:
+            break  # without any escape
+        gaps_with_escapes = gaps[gaps >= 2**bits - 1]
+        found = PackedIndex(bits, kept + int((gaps_with_escapes // (2**bits - 1)).sum()))
         if found.stored_bytes < best.stored_bytes:
             best = found
     return best

@@ -122,7 +122,8 @@ class PruneTerm(Term):
         self.norm, self.penalty, self.group = norm, form == "penalty", group
         self.keep_fraction, self.alpha, self.joint, self.unpack = keep_fraction, alpha, joint, unpack
         self.axis = output_axis(geometry) if group == "filter" else input_axis(geometry)
-        if group != "weight" and self.axis >= len(geometry.weight_shape):
+        grouped_by_nothing = group != "weight" and self.axis >= len(geometry.weight_shape)
+        if grouped_by_nothing or not geometry.weight_shape or not geometry.weight_params:
             raise NotApplicableError(ReasonCode.TERM_NOT_APPLICABLE, Form.PRUNED)
         self.count = geometry.weight_params if group == "weight" else geometry.weight_shape[self.axis]
 
@@ -231,7 +232,8 @@ class PruneTerm(Term):
             return self._fit_penalty(residual, energies, ask)
         if self.norm == "l1":
             radius = warm.radius if warm is not None and warm.radius is not None else self._radius([energies])
-            return self._in_ball(residual, energies, radius, ask.high)
+            made = self._in_ball(residual, energies, radius, ask.high)
+            return made if self.joint else replace(made, radius=radius)  # a shared one is set by all layers together
         if ask.low == ask.high:
             return self._take(residual, largest(energies, ask.low))
         number = number_above(energies, ask.low, ask.high, *self._prices(ask))
@@ -252,8 +254,7 @@ class PruneTerm(Term):
         energies = torch.cat(parts)
         if first.norm == "l1":
             known = [start.radius for start in starts if start is not None and start.radius is not None]
-            shared = all(start is not None and start.radius == known[0] for start in starts) if known else False
-            radius = known[0] if shared and len(terms) > 1 else first._radius(parts)
+            radius = known[0] if known else first._radius(parts)
             shrinkage = ball_threshold(energies.sqrt(), radius)
             made = [term._shrunk(residual, shrinkage) for term, residual, _, _ in triples]
             return [replace(theta, radius=radius) for theta in made]
@@ -331,7 +332,7 @@ class PruneTerm(Term):
         return energies
 
     def _norms_of(self, theta: Kept) -> Tensor:
-        if self.group == "weight":
+        if self.group == "weight" or not theta.units:
             return theta.values.abs()
         norms: Tensor = theta.values.movedim(self.axis, 0).reshape(theta.units, -1).norm(dim=1)
         return norms
@@ -378,7 +379,7 @@ class PruneTerm(Term):
         norms = energies[places].sqrt()
         shrinkage = ball_threshold(norms, radius)
         places = places[norms > shrinkage]
-        return replace(self._take(residual, places, shrinkage), radius=radius)
+        return self._take(residual, places, shrinkage)
 
     def _shrunk(self, residual: Tensor, shrinkage: float) -> Kept:
         places = (self._energies(residual).sqrt() > shrinkage).nonzero().reshape(-1)
@@ -387,7 +388,7 @@ class PruneTerm(Term):
     def _take(self, residual: Tensor, places: Tensor, shrinkage: float = 0.0) -> Kept:
         axis, whole = (0, residual.reshape(-1)) if self.group == "weight" else (self.axis, residual)
         values = whole.index_select(axis, places).to(torch.float64)
-        if shrinkage:
+        if shrinkage and places.numel():
             rows = values.movedim(axis, 0).reshape(places.numel(), -1)
             norms = rows.norm(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
             shrunk = (rows * (1 - shrinkage / norms).clamp(min=0)).reshape(values.movedim(axis, 0).shape)

@@ -8,7 +8,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from service.contract.plan import Form
+from service.contract.plan import Form, ReasonCode
 from service.contract.terms import QuantizeTermSpec
 from worker.engine.csteps.codebook import fit_codebook
 from worker.engine.csteps.grids import (
@@ -23,7 +23,7 @@ from worker.engine.csteps.grids import (
 from worker.engine.forms.geometry import Geometry
 from worker.engine.forms.outputs import output_axis
 from worker.engine.forms.packing import pack_codes, packed_bytes
-from worker.engine.forms.term import Ask, Counts, Facts, Term
+from worker.engine.forms.term import Ask, Counts, Facts, NotApplicableError, Term
 from worker.engine.forms.unpacked import CodebookWeight, GridWeight, PowerWeight, unpacked
 
 
@@ -93,6 +93,8 @@ class QuantizeTerm(Term):
         self.unpack = unpack
         self.axis = output_axis(geometry)
         shape = geometry.weight_shape
+        if not shape or not geometry.weight_params:
+            raise NotApplicableError(ReasonCode.TERM_NOT_APPLICABLE, Form.QUANTIZED)
         self.per_channel = per_channel and len(shape) > 1
         self.groups = shape[self.axis] if self.per_channel else 1
         self.size = self._size(size)
@@ -274,7 +276,8 @@ class QuantizeTerm(Term):
         return residual.movedim(self.axis, 0).reshape(self.groups, -1)
 
     def _fit_rows(self, rows: Tensor, ask: Ask, warm: Codes | None) -> Codes:
-        started = None if warm is None or not warm.units else warm.values
+        fits = warm is not None and warm.units > 0 and warm.values.shape == (self.groups, self._stored)
+        started = warm.values if warm is not None and fits else None
         if self.scheme == "codebook":
             made = fit_codebook(rows, self.size, started, in_loop=not isinf(ask.mu))
             return Codes(made.values, made.codes, self.size)

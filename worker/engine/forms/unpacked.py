@@ -13,8 +13,11 @@ from worker.engine.forms.packing import unpack_codes, unpack_positions
 
 
 def _with_gradient_over(values: Tensor, numbers: Tensor) -> Tensor:
-    """The same values; what flows back through them is divided by the numbers."""
-    return values + (1.0 / numbers - 1.0) * (values - values.detach())
+    """The same values; what flows back through them is divided by the numbers.
+
+    `data`, because freezing takes `detach` out of a model.
+    """
+    return values + (1.0 / numbers - 1.0) * (values - values.data)
 
 
 class CodebookWeight(nn.Module):
