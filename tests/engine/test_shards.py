@@ -3,9 +3,13 @@
 import io
 import json
 import pickle
+import struct
 import tarfile
+import tempfile
 import tracemalloc
+import zlib
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +17,8 @@ import numpy as np
 import pytest
 import torch
 import webdataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from tiny_jobs import ConvNet, quick, run_stage, save_model
 from webdataset.tariterators import base_plus_ext
@@ -217,3 +223,31 @@ def test_a_job_in_a_child(tmp_path: Path) -> None:
     spec = quick(budget={"max_macs_fraction": 0.5}, method={"mu": {"steps": 2}})
     done = run_stage("learn", tmp_path / "w", model, spec, data=tar(tmp_path / "data.tar", members))
     assert done.last["type"] == "done", done.last
+
+
+def test_headers_that_promise_more_than_there_is(tmp_path: Path) -> None:
+    header = array(np.zeros(1)).replace(b"(1,), }          ", b"(99999999999999,), }")[:128]
+    wide = bytearray(picture(np.zeros((2, 2), np.uint8)))
+    wide[16:24] = struct.pack(">II", 60_000, 60_000)
+    wide[29:33] = struct.pack(">I", zlib.crc32(wide[12:29]))
+    for number, (name, content) in enumerate([("0.npy", header), ("0.png", bytes(wide))]):
+        path = tar(tmp_path / f"{number}.tar", [(name, content)])
+        assert "cannot be read" in refusal(lambda path=path: opened(path))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_any_damage_to_a_sample_is_a_refusal(data: st.DataObject) -> None:
+    extension = data.draw(st.sampled_from(["png", "jpg", "npy", "json", "cls"]))
+    content = {
+        "png": picture(pixels()[0]),
+        "jpg": picture(pixels()[0], "JPEG"),
+        "npy": array(np.zeros((3, 4))),
+        "json": b"[[1, 2.5], [3, 4]]",
+        "cls": b"123",
+    }[extension]
+    damaged = bytearray(content)
+    for _ in range(data.draw(st.integers(1, 3))):
+        damaged[data.draw(st.integers(0, len(damaged) - 1))] = data.draw(st.integers(0, 255))
+    with tempfile.TemporaryDirectory() as folder, suppress(ProblemError):
+        assert opened(tar(Path(folder) / "data.tar", [(f"0.{extension}", bytes(damaged))]))

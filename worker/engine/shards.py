@@ -6,13 +6,18 @@ dataset what they are for every other format.
 
 import io
 import json
+import struct
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
+from tokenize import TokenError
 from types import TracebackType
 from typing import Any, BinaryIO, Self
 
 import numpy as np
+from numpy.lib import format as npy
 from PIL import Image
 from webdataset.tariterators import group_by_keys, tar_file_iterator
 
@@ -28,7 +33,21 @@ _FIELDS_MAX = 64
 _PARTS = ("val", "test")
 _CONVERT_NUMBERS = 1 << 20
 # What Pillow and NumPy raise for bytes that are no image and no array.
-_UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, TypeError, LookupError, OverflowError)
+_UNREADABLE = (
+    OSError,
+    ValueError,
+    SyntaxError,
+    EOFError,
+    TypeError,
+    LookupError,
+    ArithmeticError,
+    RecursionError,
+    NotImplementedError,
+    struct.error,
+    zlib.error,
+    TokenError,
+    Image.DecompressionBombError,
+)
 Arrays = dict[str, np.ndarray]
 
 
@@ -223,7 +242,7 @@ def _decoded(key: str, extension: str, kind: Kind, data: bytes) -> tuple[np.ndar
             return np.asarray(int(data.decode("ascii")), np.int64), True
         numbers = json.loads(data)
         return np.asarray(numbers, np.float64), _is_whole(numbers)
-    except (*_UNREADABLE, RecursionError) as error:
+    except _UNREADABLE as error:
         raise _invalid(f"'{extension}' of sample '{key[:200]}' cannot be read: {str(error)[:300]}") from error
 
 
@@ -239,10 +258,17 @@ def _image(data: bytes) -> np.ndarray:
 
 
 def _array(data: bytes) -> np.ndarray:
-    value = np.load(io.BytesIO(data), allow_pickle=False)
-    if not isinstance(value, np.ndarray) or value.dtype.kind not in "fiub" or value.dtype.itemsize > 8:
-        raise ValueError("expected an array of floating point, integers, uint8 or bool")
-    return np.ascontiguousarray(value)
+    """An ``.npy`` file; memory is taken for what is there, not for what the header promises."""
+    stream = io.BytesIO(data)
+    version = npy.read_magic(stream)
+    read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
+    shape, fortran, dtype = read(stream)
+    if dtype.kind not in "fiub" or dtype.itemsize > 8:
+        raise ValueError(f"it has dtype {dtype}; expected numbers or booleans (objects would be a pickle)")
+    if prod(shape) * dtype.itemsize != len(data) - stream.tell():
+        raise ValueError(f"it has {len(data) - stream.tell()} bytes for shape {shape} of {dtype}")
+    value = np.frombuffer(data, dtype, offset=stream.tell()).reshape(shape, order="F" if fortran else "C")
+    return np.ascontiguousarray(value).reshape(shape)
 
 
 def _is_numbers(data: bytes) -> bool:
