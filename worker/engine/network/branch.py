@@ -4,13 +4,15 @@ from collections.abc import Iterator, Mapping
 
 import torch
 
-from worker.engine.network.graphs import Graph, Node, Value, attribute_chain, constant_before, walk
+from worker.engine.network.graphs import Graph, Node, Value, attribute, attribute_chain, constant_before, walk
 from worker.engine.network.layers import Layer
 from worker.engine.network.operator_sites import Site
+from worker.engine.network.parameters import Shape
 from worker.engine.network.sites import QUESTIONS, MethodSites
 
 
 def put_branch(
+    module: torch.jit.ScriptModule,
     methods: Mapping[str, MethodSites],
     layer: Layer,
     attribute_name: str,
@@ -20,11 +22,13 @@ def put_branch(
 ) -> None:
     """Call a branch at every site of a layer.
 
-    A bias that the branch does not hold is added behind it. What the graphs ask about the weight that goes, its dtype
-    or its sizes, is answered by the branch's first floating parameter or by a constant.
+    A bias that the branch does not hold is added behind it. What the graphs ask about the tensors that go, their dtype
+    or sizes, is answered by the branch's first floating parameter or by a constant.
 
     Parameters
     ----------
+    module : torch.jit.ScriptModule
+        The model, edited in place.
     methods : mapping of str to MethodSites
         Of the module's own graphs.
     layer : Layer
@@ -36,6 +40,9 @@ def put_branch(
     added : bool
         The branch's output is added to the operator's, which stays; otherwise the branch takes the operator's place.
     """
+    gone = dict.fromkeys(layer.names, layer.weight_shape)
+    if layer.bias is not None:
+        gone[layer.bias] = tuple(attribute(module, layer.bias).shape)
     for method in methods.values():
         for site in [site for site in method.sites if site.weight == layer.weight and site.kind == layer.kind]:
             call = _call(method, site, attribute_name, branch)
@@ -47,8 +54,8 @@ def put_branch(
             site.output.replaceAllUsesWith(call)
             site.node.destroy()
         if not added:
-            for node in list(_readers(method, layer.names)):
-                _answer(method, node, layer, attribute_name, branch)
+            for node, shape in list(_asked(method, gone)):
+                _answer(method, node, shape, attribute_name, branch)
 
 
 def _call(method: MethodSites, site: Site, name: str, branch: torch.jit.ScriptModule) -> Value:
@@ -99,23 +106,22 @@ def _sum(graph: Graph, site: Site, left: Value, right: Value) -> Node:
     return total
 
 
-def _readers(method: MethodSites, names: tuple[str, ...]) -> Iterator[Node]:
+def _asked(method: MethodSites, gone: Mapping[str, Shape]) -> Iterator[tuple[Node, Shape]]:
     for node in walk(method.graph):
-        if node.kind() in QUESTIONS and attribute_chain(node.inputsAt(0), method.root) in names:
-            yield node
+        if node.kind() in QUESTIONS and (chain := attribute_chain(node.inputsAt(0), method.root)) in gone:
+            yield node, gone[str(chain)]
 
 
-def _answer(method: MethodSites, node: Node, layer: Layer, name: str, branch: torch.jit.ScriptModule) -> None:
-    """Answer a question about a weight that goes."""
+def _answer(method: MethodSites, node: Node, shape: Shape, name: str, branch: torch.jit.ScriptModule) -> None:
+    """Answer a question about a tensor that goes."""
     graph, kind = method.graph, node.kind()
+    sizes = {"aten::dim": len(shape), "aten::len": shape[0], "aten::numel": torch.Size(shape).numel()}
     if kind == "aten::size" and node.inputsSize() == 1:
-        node.output().replaceAllUsesWith(constant_before(graph, node, list(layer.weight_shape)))
-    elif kind in {"aten::dim", "aten::numel", "aten::len"}:
-        shape = layer.weight_shape
-        answer = {"aten::dim": len(shape), "aten::len": shape[0], "aten::numel": torch.Size(shape).numel()}[kind]
-        node.output().replaceAllUsesWith(constant_before(graph, node, answer))
+        node.output().replaceAllUsesWith(constant_before(graph, node, list(shape)))
+    elif kind in sizes:
+        node.output().replaceAllUsesWith(constant_before(graph, node, sizes[kind]))
     elif kind == "aten::size" and isinstance(at := node.inputsAt(1).toIValue(), int):
-        node.output().replaceAllUsesWith(constant_before(graph, node, layer.weight_shape[at]))
+        node.output().replaceAllUsesWith(constant_before(graph, node, shape[at]))
     elif kind != "aten::size":
         stand_in = _first_floating(branch)
         value: Value = method.root

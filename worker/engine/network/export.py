@@ -38,7 +38,7 @@ def export_bytes(module: torch.jit.ScriptModule) -> bytes:
         A TorchScript file with CPU tensors that stock torch loads.
     """
     copy = reload(module, "cpu")
-    flags = {name: submodule.training for name, submodule in copy.named_modules()}
+    flags = {name: getattr(submodule, "training", False) for name, submodule in copy.named_modules()}
     try:
         exported = _freeze(copy.train())
     except RuntimeError:

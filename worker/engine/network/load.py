@@ -1,22 +1,14 @@
 """TorchScript in: load a file as a fresh module on one device."""
 
 import io
-import re
 from pathlib import Path
 
 import torch
 
 from service.contract.errors import ErrorCode, ProblemError
-from worker.engine.network.graphs import (
-    Graph,
-    Node,
-    constant_before,
-    method_names,
-    open_graph,
-    read_graph,
-    source_line,
-    walk,
-)
+from worker.engine.network.devices import move_devices
+from worker.engine.network.parameters import all_parameters
+from worker.engine.network.thaw import thaw
 
 _REASON_CHARACTERS = 500
 
@@ -69,8 +61,9 @@ def load_script(source: Path | bytes, device: torch.device | str = "cpu") -> tor
             f"torch {torch.__version__} cannot load the file as TorchScript: {trim_reason(error)}. "
             "Save the model again with torch.jit.save and upload that file.",
         ) from error
-    _move_device_constants(module, target)
-    return module
+    move_devices(module, target)
+    _separate(module)
+    return reload(module, target) if thaw(module) else module
 
 
 def reload(module: torch.jit.ScriptModule, device: torch.device | str | None = None) -> torch.jit.ScriptModule:
@@ -108,42 +101,16 @@ def trim_reason(error: BaseException) -> str:
     return reason if len(reason) <= _REASON_CHARACTERS else f"… {reason[-_REASON_CHARACTERS:]}"
 
 
-def _move_device_constants(module: torch.jit.ScriptModule, target: torch.device) -> None:
-    """Rewrite the devices that tracing or scripting has written into the code."""
-    for method in method_names(module):
-        if any(_names_other_device(node, target) for node in walk(read_graph(module, method))):
-            _rewrite_devices(open_graph(module, method), target, method)
+def _separate(module: torch.jit.ScriptModule) -> None:
+    """Give each parameter memory of its own: one that is cut from a larger block would keep the block in every file.
 
-
-def _names_other_device(node: Node, target: torch.device) -> bool:
-    if node.kind() in {"aten::cuda", "aten::cpu"}:
-        return bool(node.kind() != f"aten::{target.type}")
-    device = _device_constant(node)
-    return device is not None and (device.type, device.index or 0) != (target.type, target.index or 0)
-
-
-def _device_constant(node: Node) -> torch.device | None:
-    if node.kind() != "prim::Constant" or not node.outputsSize():
-        return None
-    value = node.output().toIValue()
-    if isinstance(value, torch.device):
-        return value
-    feeds_device = isinstance(value, str) and any(use.user.kind() == "aten::device" for use in node.output().uses())
-    return torch.device(value) if feeds_device and re.fullmatch(r"(cpu|cuda)(:\d+)?", value) else None
-
-
-def _rewrite_devices(graph: Graph, target: torch.device, method: str) -> None:
-    for node in [node for node in walk(graph) if _names_other_device(node, target)]:
-        device = _device_constant(node)
-        if device is None or device.type not in {"cpu", "cuda"}:
-            line = source_line(node)
-            raise ProblemError(
-                ErrorCode.MODEL_UNSUPPORTED,
-                f"The model moves tensors to a fixed device with {device or node.kind()} in {method}"
-                f"{f' ({line})' if line else ''}, and here it runs on {target}. Write x.to(other.device) instead, "
-                "so that tensors follow the input, and save the model again.",
-            )
-        moved = target if node.output().type().kind() == "DeviceObjType" else str(target)
-        node.output().replaceAllUsesWith(constant_before(graph, node, moved))
-        node.destroy()
-    graph.lint()
+    Recurrent layers that were on a CUDA device are saved so.
+    """
+    parameters = all_parameters(module)
+    names: dict[int, int] = {}
+    for tensor in parameters.values():
+        names[tensor.data_ptr()] = names.get(tensor.data_ptr(), 0) + 1
+    for tensor in parameters.values():
+        block = tensor.untyped_storage().nbytes()
+        if tensor.numel() and block > tensor.numel() * tensor.element_size() and names[tensor.data_ptr()] == 1:
+            tensor.data = tensor.data.clone()

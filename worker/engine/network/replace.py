@@ -72,7 +72,7 @@ def replace_layers(module: torch.jit.ScriptModule, replacements: Mapping[str, nn
             if layer is None or layer.kind == "parameter" or layer.reason is not None:
                 raise ValueError(f"{name!r} is not one operator with one input and one output; it takes no branch")
             attribute, scripted = _register(module, f"{name}__factors", each.branch)
-            put_branch(methods, layer, attribute, scripted, added=each.weight is not None)
+            put_branch(module, methods, layer, attribute, scripted, added=each.weight is not None)
         if each.weight is not None:
             attribute, scripted = _register(module, f"{name}__weight", each.weight)
             compose_parameter(module, graphs, set(Parameters(module).names(weights[name])), attribute, scripted)

@@ -1,0 +1,160 @@
+"""Frozen models thawed: weights that `torch.jit.freeze` has made constants become parameters again."""
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import nn
+
+from worker.engine.network.graphs import Graph, Node, Value, method_names, open_graph, read_graph, self_value, walk
+from worker.engine.network.operator_sites import OPERATORS
+from worker.engine.network.plain_paths import FUSED_ATTENTION
+
+_RECURRENT = frozenset({"aten::lstm", "aten::gru", "aten::rnn_tanh", "aten::rnn_relu"})
+_CELLS = frozenset({"aten::lstm_cell", "aten::gru_cell", "aten::rnn_tanh_cell", "aten::rnn_relu_cell"})
+_PROJECTIONS = ("in_proj_weight", "in_proj_bias", "out_proj_weight", "out_proj_bias")
+_FEED_FORWARD = ("norm1_weight", "norm1_bias", "norm2_weight", "norm2_bias") + (
+    "linear1_weight",
+    "linear1_bias",
+    "linear2_weight",
+    "linear2_bias",
+)
+_FUSED_ROLES = {
+    "aten::_native_multi_head_attention": {role: at for at, role in enumerate(_PROJECTIONS, start=5)},
+    "aten::_transformer_encoder_layer_fwd": {role: at for at, role in enumerate(_PROJECTIONS, start=3)}
+    | {role: at for at, role in enumerate(_FEED_FORWARD, start=10)},
+}
+_STATISTICS = {"aten::batch_norm": {3: "running_mean", 4: "running_var"}}
+_STATISTICS["aten::instance_norm"] = _STATISTICS["aten::batch_norm"]
+
+
+def thaw(module: torch.jit.ScriptModule) -> bool:
+    """Lift the constant weights and biases of known operators into parameters, in place.
+
+    They are named after the operator and its place among those that hold constants, "conv2d_3.weight". A matrix stays
+    one parameter however often it is used; vectors that freezing has pooled because they hold the same numbers, such
+    as two biases of zeros, become one for each operator again. Running statistics become buffers.
+
+    Parameters
+    ----------
+    module : torch.jit.ScriptModule
+        Fresh from a file; it has never run.
+
+    Returns
+    -------
+    bool
+        Whether anything was lifted; the module must then be saved and loaded before it is run.
+    """
+    if not module._c.hasattr("training"):
+        module._c._register_attribute("training", torch._C.BoolType.get(), False)
+    methods = [name for name in method_names(module) if any(True for _ in _frozen(read_graph(module, name)))]
+    lifted = _Lifted(module)
+    for method in methods:
+        graph = open_graph(module, method)
+        apart = len(methods) == 1 and not any(node.kind() in FUSED_ATTENTION for node in walk(graph))
+        for number, (node, roles) in enumerate(list(_frozen(graph)), start=1):
+            lifted.lift(graph, node, _name(node, number), roles, apart=apart)
+        lifted.everywhere(graph)
+        torch._C._jit_pass_dce(graph)
+        graph.lint()
+    return bool(methods)
+
+
+def _frozen(graph: Graph) -> Iterator[tuple[Node, dict[str, int]]]:
+    """Yield the operators that take constants, with the role and position of each constant."""
+    for node in list(walk(graph)):
+        roles = {
+            role: at for role, at in _roles(node) if at < node.inputsSize() and _constant(node.inputsAt(at)) is not None
+        }
+        if roles:
+            yield node, roles
+
+
+def _roles(node: Node) -> Iterator[tuple[str, int]]:
+    kind = node.kind()
+    if kind in OPERATORS:
+        _, _, weight_at, bias_at = OPERATORS[kind]
+        yield "weight", weight_at
+        if bias_at is not None:
+            yield "bias", bias_at
+        for at, role in _STATISTICS.get(kind, {}).items():
+            yield role, at
+    elif kind in _CELLS:
+        yield from ((role, at) for at, role in enumerate(("weight_ih", "weight_hh", "bias_ih", "bias_hh"), start=2))
+    elif kind == "prim::ListConstruct" and all(_is_recurrent_list(use.user) for use in node.output().uses()):
+        held = [tensor for value in node.inputs() if (tensor := _constant(value)) is not None and tensor.dim() <= 2]
+        if len(held) == node.inputsSize():
+            yield from ((f"{'weight' if each.dim() == 2 else 'bias'}_{at}", at) for at, each in enumerate(held))
+    else:
+        yield from _FUSED_ROLES.get(kind, {}).items()
+
+
+def _is_recurrent_list(node: Node) -> bool:
+    return node.kind() in _RECURRENT
+
+
+def _constant(value: Value) -> torch.Tensor | None:
+    """Give the content of a floating constant of at least one axis."""
+    if value.node().kind() != "prim::Constant" or value.type().kind() != "TensorType":
+        return None
+    tensor = value.toIValue()
+    plain = isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided and tensor.is_floating_point()
+    return tensor if plain and tensor.dim() else None
+
+
+def _name(node: Node, number: int) -> str:
+    kind = node.kind().partition("::")[2].strip("_")
+    return f"{'recurrent' if kind == 'ListConstruct' else kind}_{number}"
+
+
+class _Held(nn.Module):
+    """Parameters and statistics of one operator."""
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        super().__init__()
+        for role, tensor in tensors.items():
+            if role.startswith("running_"):
+                self.register_buffer(role, tensor.detach().clone())
+            else:
+                self.register_parameter(role, nn.Parameter(tensor.detach().clone()))
+
+
+class _Lifted:
+    def __init__(self, module: torch.jit.ScriptModule) -> None:
+        self.module = module
+        self.by_address: dict[int, tuple[str, str]] = {}
+
+    def lift(self, graph: Graph, node: Node, name: str, roles: Mapping[str, int], *, apart: bool) -> None:
+        """Let one operator read parameters instead of constants."""
+        tensors = {role: tensor for role, at in roles.items() if (tensor := _constant(node.inputsAt(at))) is not None}
+        new = {
+            role: tensor
+            for role, tensor in tensors.items()
+            if tensor.data_ptr() not in self.by_address or (apart and tensor.dim() == 1)
+        }
+        while self.module._c.hasattr(name):
+            name += "_"
+        if new:
+            held = torch.jit.script(_Held(new))
+            self.module._c._register_attribute(name, held._c._type(), held._c)
+        for role, tensor in tensors.items():
+            place = self.by_address.get(tensor.data_ptr(), (name, role)) if role not in new else (name, role)
+            self.by_address.setdefault(tensor.data_ptr(), place)
+            node.replaceInput(roles[role], self._read(graph, node, *place))
+
+    def everywhere(self, graph: Graph) -> None:
+        """Let all other readers of a lifted matrix read the parameter too."""
+        for node in [node for node in walk(graph) if node.kind() == "prim::Constant" and node.outputsSize()]:
+            tensor = _constant(node.output())
+            if tensor is not None and tensor.dim() > 1 and node.hasUses() and tensor.data_ptr() in self.by_address:
+                node.output().replaceAllUsesWith(self._read(graph, node, *self.by_address[tensor.data_ptr()]))
+
+    def _read(self, graph: Graph, before: Node, owner: str, name: str) -> Value:
+        holder = graph.create("prim::GetAttr", [self_value(graph)], 1)
+        holder.s_("name", owner)
+        holder.output().setType(self.module._c.getattr(owner)._type())
+        holder.insertBefore(before)
+        made = graph.create("prim::GetAttr", [holder.output()], 1)
+        made.s_("name", name)
+        made.output().setType(torch._C.TensorType.get())
+        made.insertBefore(before)
+        return made.output()
