@@ -90,7 +90,7 @@ class Training(StrictModel):
     epochs_per_step: int = Field(default=3, ge=1, le=MAX_EPOCHS)
     batch_size: PositiveInt = 256
     optimizer: SgdSpec = SgdSpec()
-    schedule: Auto | Schedule = "auto"  # auto: × 0.95^(25/steps) from step to step, constant within
+    schedule: Schedule | Auto = "auto"  # auto: × 0.95^(25/steps) from step to step, constant within
     augmentation: Augmentation | None = None
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     memory_format: Literal["auto", "contiguous", "channels_last"] = "auto"
@@ -103,7 +103,7 @@ class FineTune(StrictModel):
 
     epochs: Annotated[int, Field(ge=0, le=MAX_EPOCHS)] | Auto = "auto"
     lr: Magnitude | Auto = "auto"  # auto: that of training.optimizer, or else a range test of its own
-    schedule: Auto | Schedule = "auto"  # auto: cosine
+    schedule: Schedule | Auto = "auto"  # auto: cosine
 
     @model_validator(mode="after")
     def _has_no_steps(self) -> Self:
