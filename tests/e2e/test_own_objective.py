@@ -36,6 +36,7 @@ def test_a_detector_with_a_list_output_by_the_command(service: Service, tmp_path
         assert job.spec["objective"]["loss"] == {"module": job.objective_model_id}
 
 
+@pytest.mark.full
 def test_a_loss_that_raises_fails_the_job_with_its_own_words(service: Service, tmp_path: Path) -> None:
     model, data, objective = save_case(CASES["tagger"], tmp_path, count=40)
     objective.write_bytes(archive(CASES["unet"].objective()))  # asks for masks, of which there are none

@@ -14,17 +14,19 @@ from torch.nn import functional as F
 
 from service.contract.errors import ErrorCode, ProblemError
 from service.contract.ids import MODEL, new_id
-from service.contract.spec import DataSpec, parse_spec
+from service.contract.spec import DataSpec, Training, parse_spec
 from service.contract.spec import Objective as ObjectiveSpec
 from worker.engine import evaluation, objective_module
 from worker.engine.data import Dataset
 from worker.engine.evaluation import evaluate, evaluate_pair, loss_difference, metric_difference
 from worker.engine.learn import Sources, open_dataset
+from worker.engine.methods.learning_rate import loss_limit
 from worker.engine.network.load import load_model
 from worker.engine.objective import Objective
 from worker.engine.objective_module import ModuleObjective, load_objective
 from worker.engine.objectives import make_objective
 from worker.engine.teacher import Teacher
+from worker.engine.training import Trainer
 
 CPU = torch.device("cpu")
 OWN = {"module": new_id(MODEL)}
@@ -121,6 +123,29 @@ def test_a_loss_that_compares_samples_is_scored_in_batches(
     with torch.no_grad():
         tried.try_out(reference(*batch.inputs), batch)
     assert not tried.separable
+
+
+def test_a_loss_that_likes_zeros_best_has_not_diverged_at_its_start(
+    classes: tuple[torch.jit.ScriptModule, torch.jit.ScriptModule, Dataset], tmp_path: Path
+) -> None:
+    class Small(nn.Module):
+        @torch.jit.export
+        def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
+            return outputs.square().mean() + 1e-6
+
+    class NeverZero(CrossEntropy):
+        @torch.jit.export
+        def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
+            assert bool((outputs != 0).any())
+            return F.cross_entropy(outputs, batch["targets"])
+
+    reference, _, dataset = classes
+    for module, bounded in ((Small(), True), (NeverZero(), False)):
+        trainer = Trainer(reference, dataset, own(module, dataset, tmp_path), None, Training(batch_size=64), 0, CPU)
+        batch = dataset.rows("train", np.arange(64), CPU)
+        with torch.no_grad():
+            now = float(trainer.objective.batch_loss(reference.eval()(*batch.inputs), batch, None))
+        assert now < loss_limit(trainer) < float("inf") if bounded else loss_limit(trainer) == float("inf")
 
 
 def test_the_mix_with_the_references_answers(

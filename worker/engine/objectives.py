@@ -74,6 +74,13 @@ def _own(
         )
     objective = ModuleObjective(spec.objective, load_objective(module, device), dataset)
     objective.try_out(*_outputs(dataset, reference, device, TRIED_SAMPLES))
+    fewest = min(dataset.size("select"), dataset.size("report"))
+    if not objective.separable and fewest < 2:
+        raise ProblemError(
+            ErrorCode.DATASET_INVALID,
+            f"the loss module takes batches alone, and a held-out part has {fewest} sample; give val_* and test_* "
+            "arrays with more, or a loss of single samples",
+        )
     return objective
 
 

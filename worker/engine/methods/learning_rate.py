@@ -122,9 +122,16 @@ def _factor(schedule: Schedule, epoch: int, epochs: int, step: int) -> float:
 def loss_limit(trainer: Trainer) -> float:
     """Return the mean loss above which an epoch counts as diverged: ten times that of a network that answers zeros.
 
-    A loss that explodes without becoming NaN would otherwise go on through C steps and ruin the ranks.
+    A loss that explodes without becoming NaN would otherwise go on through C steps and ruin the ranks. A loss of the
+    user's own may like zeros better than any answer, so the limit is at least ten times the loss at the start; where it
+    cannot be computed of zeros there is no limit.
     """
-    limit = EXPLODED_RATIO * _mean_objective(trainer, zeros=True)
+    try:
+        limit = EXPLODED_RATIO * max(_mean_objective(trainer, zeros=True), _mean_objective(trainer))
+    except ProblemError as error:
+        if error.code != ErrorCode.OBJECTIVE_RAISED:
+            raise
+        return inf
     return limit if limit > 0 else inf
 
 
