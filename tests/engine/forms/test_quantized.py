@@ -12,7 +12,7 @@ from service.contract.plan import Form
 from service.contract.terms import QuantizeTermSpec
 from worker.engine.forms.geometry import Geometry
 from worker.engine.forms.quantized import Codes, QuantizeTerm
-from worker.engine.forms.term import Ask, NotApplicableError, Price
+from worker.engine.forms.term import Accuracy, Ask, NotApplicableError, Price
 
 SCHEMES: list[dict[str, Any]] = [
     {"values": 2},
@@ -35,8 +35,8 @@ def make(geometry: Geometry, **spec: Any) -> QuantizeTerm:
     return QuantizeTerm.from_spec(QuantizeTermSpec(**spec), geometry)
 
 
-def whole(term: QuantizeTerm, mu: float = float("inf")) -> Ask:
-    return Ask(0.0, term.size, term.size, mu)
+def whole(term: QuantizeTerm, accuracy: Accuracy = Accuracy.EXACT) -> Ask:
+    return Ask(0.0, term.size, term.size, accuracy=accuracy)
 
 
 def stored_bits(module: nn.Module) -> int:
@@ -95,7 +95,7 @@ def test_idempotent_and_deterministic(spec: dict[str, Any], per_channel: bool, s
     dense = term.project(theta)
     assert torch.equal(dense, term.project(term.fit(weight, whole(term))))
     assert torch.allclose(term.project(term.fit(dense, whole(term))), dense, atol=1e-9)
-    warm = term.project(term.fit(weight, whole(term, mu=1.0), theta))
+    warm = term.project(term.fit(weight, whole(term, Accuracy.WARM), theta))
     assert float((warm - weight).norm()) <= float((dense - weight).norm()) + 1e-12
 
 
@@ -125,7 +125,7 @@ def test_one_codebook_for_several_layers() -> None:
     one = make(Geometry("parameter", (together.numel(),), ()), values=4)
     alone = one.project(one.fit(torch.cat([w.reshape(-1) for w in weights]), whole(one)))
     assert torch.equal(alone, together)
-    again = QuantizeTerm.fit_joint(terms, parts, [whole(term, 1.0) for term in terms], thetas)
+    again = QuantizeTerm.fit_joint(terms, parts, [whole(term, Accuracy.WARM) for term in terms], thetas)
     assert all(torch.equal(a.codes, b.codes) for a, b in zip(again, thetas, strict=True))
     for term, theta, part in zip(terms, thetas, parts, strict=True):
         module = term.emit_weight(theta.to(torch.float32))

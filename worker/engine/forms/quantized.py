@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import isinf
 from typing import Any, Self
 
 import torch
@@ -23,7 +22,7 @@ from worker.engine.csteps.grids import (
 from worker.engine.forms.geometry import Geometry
 from worker.engine.forms.outputs import output_axis
 from worker.engine.forms.packing import pack_codes, packed_bytes
-from worker.engine.forms.term import Ask, Counts, Facts, NotApplicableError, Term
+from worker.engine.forms.term import Accuracy, Ask, Counts, Facts, NotApplicableError, Term
 from worker.engine.forms.unpacked import CodebookWeight, GridWeight, PowerWeight, unpacked
 
 
@@ -279,7 +278,7 @@ class QuantizeTerm(Term):
         fits = warm is not None and warm.units > 0 and warm.values.shape == (self.groups, self._stored)
         started = warm.values if warm is not None and fits else None
         if self.scheme == "codebook":
-            made = fit_codebook(rows, self.size, started, in_loop=not isinf(ask.mu))
+            made = fit_codebook(rows, self.size, started, in_loop=ask.accuracy is not Accuracy.EXACT)
             return Codes(made.values, made.codes, self.size)
         if self.scheme == "binary":
             ones = torch.ones(self.groups, 1, dtype=torch.float64, device=rows.device)
