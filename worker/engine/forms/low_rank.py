@@ -16,7 +16,7 @@ from worker.engine.csteps.warm import best_factors
 from worker.engine.forms.factor_operators import Source
 from worker.engine.forms.factors import Factors
 from worker.engine.forms.geometry import CONVOLUTIONS, TRANSPOSED, Geometry, Shape
-from worker.engine.forms.low_rank_convolution import ConvolutionChain, contracts
+from worker.engine.forms.low_rank_convolution import ConvolutionChain
 from worker.engine.forms.low_rank_linear import EmbeddingChain, LinearChain
 from worker.engine.forms.modules import ComposedOfModules, ComposedWeight, Factor
 from worker.engine.forms.reshape import Reshape, Split, compose, named_reshape, reshape_of
@@ -304,13 +304,14 @@ class LowRankTerm(Term):
             named = named_reshape(name, self.block, transposed=transposed)
             if named is not None and named.key(self.block) == key:
                 return form
-        if self.geometry.kind not in {"linear", "matmul"}:
-            return Form.CONTRACTED
-        pair = (prod(each.size for each in split[0] if each.axis == axis) for axis in (0, 1))
-        kronecker = named_reshape("kronecker", self.block, kronecker=(next(pair), next(pair)))
-        if sum(len(side) for side in split) == 3:
+        pair = [prod(each.size for each in split[0] if each.axis == axis) for axis in (0, 1)]
+        kronecker = named_reshape("kronecker", self.block, kronecker=(pair[0], pair[1]))
+        if self.geometry.kind in {"linear", "matmul"} and sum(len(side) for side in split) == 3:
             return Form.CHUNKED
-        return Form.KRONECKER if kronecker is not None and kronecker.key(self.block) == key else Form.CONTRACTED
+        parted = all(1 < part < size for part, size in zip(pair, self.block, strict=False))
+        if parted and kronecker is not None and kronecker.key(self.block) == key:
+            return Form.KRONECKER
+        return Form.CONTRACTED
 
     def params(self, rank: int) -> int:
         """Parameters at a rank."""
@@ -337,6 +338,9 @@ def _chain(split: Split | None, geometry: Geometry, block: Shape, groups: int) -
     if geometry.kind == "embedding":
         whole = all({axis.axis for axis in side} in ({0}, {1}) for side in split)
         return EmbeddingChain(split, geometry) if whole else None
-    if geometry.kind in (*CONVOLUTIONS, *TRANSPOSED) and groups == geometry.groups:
-        return ConvolutionChain(split, geometry, block) if contracts(split, geometry, block) else None
-    return None
+    if geometry.kind not in (*CONVOLUTIONS, *TRANSPOSED) or groups != geometry.groups:
+        return None
+    try:
+        return ConvolutionChain(split, geometry, block)
+    except ValueError:
+        return None

@@ -1,17 +1,41 @@
 """A low-rank term on convolutions of any number of axes, with groups, transposed: costs and plain modules (L.3)."""
 
+from dataclasses import dataclass
 from math import prod
 
 from torch import nn
 
-from worker.engine.forms.factor_operators import GROUP, RANK, FactorAxes, Source, convolution
+from worker.engine.forms.factor_operators import (
+    GROUP,
+    RANK,
+    FactorAxes,
+    Source,
+    convolution,
+    size_on,
+    sub_axes,
+)
 from worker.engine.forms.geometry import TRANSPOSED, Geometry, Shape
-from worker.engine.forms.modules import SharedDepthwise
+from worker.engine.forms.modules import ContractedConvolution
 from worker.engine.forms.reshape import Split, SubAxis
 
+Side = tuple[SubAxis, ...]
 
-def contracts(split: Split, geometry: Geometry, block: Shape) -> bool:
-    """Tell whether two convolutions in a chain compute a low-rank matrix under a parting of the weight's axes.
+
+@dataclass(frozen=True)
+class _Order:
+    """Which side of the matrix the first convolution has, and the multiply-adds of one rank."""
+
+    columns_first: bool
+    macs: int
+
+
+class ConvolutionChain:
+    """A low-rank matrix over the axes of a convolution's weight, as two convolutions.
+
+    The first contracts its part of the inputs over the kernel's axes on its side of the matrix, with the layer's
+    stride, padding and dilation there, and makes its part of the outputs; the second the rest. Where the first has all
+    inputs and the second all outputs they are a plain chain; otherwise the other parts of the channels go along as a
+    batch. The order is the cheaper one.
 
     Parameters
     ----------
@@ -21,118 +45,105 @@ def contracts(split: Split, geometry: Geometry, block: Shape) -> bool:
         The layer.
     block : tuple of int
         Shape of one group's weight.
-    """
-    axes = [axis for side in split for axis in side]
-    if len(axes) != len(block) or any(axis.size != block[axis.axis] for axis in axes):
-        return False  # a convolution contracts whole axes only
-    channels = [{axis.axis for axis in side if axis.axis < 2} for side in split]
-    if all(len(each) == 1 for each in channels):
-        return True
-    if geometry.kind in TRANSPOSED:
-        return 1 in block[:2]
-    return geometry.groups == 1 or block[1] == 1
 
-
-class ConvolutionChain:
-    """A low-rank matrix over the axes of a convolution's weight, as two convolutions in a chain.
-
-    The first has the kernel's axes on the side of the matrix without the outputs (of a transposed convolution: with the
-    inputs), with the layer's stride, padding and dilation there; the second has the others.
-
-    Parameters
-    ----------
-    split : (rows, columns)
-        Of one group's weight, which `contracts` allows.
-    geometry : Geometry
-        The layer.
-    block : tuple of int
-        Shape of one group's weight.
+    Raises
+    ------
+    ValueError
+        No such two convolutions compute the term: an axis of the kernel is on both sides, or groups do not allow it.
     """
 
     def __init__(self, split: Split, geometry: Geometry, block: Shape) -> None:
+        self.split = split
         self.geometry = geometry
         self.block = block
         self.transposed = geometry.kind in TRANSPOSED
         self._in, self._out = (0, 1) if self.transposed else (1, 0)
-        rows, columns = ({axis.axis for axis in side} for side in split)
-        self._columns_first = self._second_is(rows)
-        first = columns if self._columns_first else rows
-        self._sides = split
-        kernel = range(2, len(block))
-        self._own = [axis in first for axis in kernel]
-        self._kernel = tuple(block[2:])
-        self._channels_shared = self._in not in first and block[self._in] > 1
-
-    def _second_is(self, rows: set[int]) -> bool:
-        """Whether the rows are the second operator's: it makes the outputs, and a transposed one's first the inputs."""
-        inputs, outputs = self._in in rows, self._out in rows
-        if not self.transposed:
-            return outputs
-        return inputs == (self.block[self._in] == 1) if inputs == outputs else not inputs
+        kernel = {axis.axis: axis.size for side in split for axis in side if axis.axis > 1}
+        if any(block[axis] != size for axis, size in kernel.items()):
+            raise ValueError("an axis of the kernel is on both sides")
+        orders = [self._order(columns_first=first) for first in (True, False) if self._possible(columns_first=first)]
+        if not orders:
+            raise ValueError("groups need all inputs on one side and all outputs on the other")
+        self._best = min(orders, key=lambda order: order.macs)
 
     @property
     def macs_per_rank(self) -> int:
         """Multiply-adds that one more rank costs, summed over the layer's calls."""
-        axes = len(self._kernel)
-        inputs, outputs = self.block[self._in] * self.geometry.groups, self.block[self._out] * self.geometry.groups
-        first = prod(size for size, own in zip(self._kernel, self._own, strict=True) if own)
-        second = prod(self._kernel) // first
-        shared = inputs if self._channels_shared else 1
+        return self._best.macs
+
+    def emit(self, left: Source, right: Source, rank: int, bias: nn.Parameter | None) -> nn.Module:
+        """Make both convolutions, with the permutations around them where channels are split."""
+        rows, columns = self.split
+        groups = self.geometry.groups
+        factors = (FactorAxes(left, rows, True, groups, rank), FactorAxes(right, columns, False, groups, rank))
+        first, second = reversed(factors) if self._best.columns_first else factors
+        in_1, in_2 = sub_axes(first.side, self._in), sub_axes(second.side, self._in)
+        out_1, out_2 = sub_axes(first.side, self._out), sub_axes(second.side, self._out)
+        contracted, kept, outer, inner = (prod(axis.size for axis in each) for each in (in_1, in_2, out_1, out_2))
+        plain = kept == outer == 1
+        head = self._operator(first, (in_1, contracted), ([*out_1, RANK], outer * rank), None)
+        tail = self._operator(second, ([*in_2, RANK], kept * rank), (out_2, inner), bias if plain else None)
+        if plain:
+            return nn.Sequential(head, tail)
+        in_axes, out_axes = sub_axes(rows + columns, self._in), sub_axes(rows + columns, self._out)
+        out_order = [*out_1, *out_2]
+        return ContractedConvolution(
+            head,
+            tail,
+            bias,
+            axes=len(self.block) - 2,
+            in_view=[axis.size for axis in in_axes],
+            in_permute=[in_axes.index(axis) for axis in (*in_2, *in_1)],
+            kept=kept,
+            contracted=contracted,
+            outer=outer,
+            rank=rank,
+            out_view=[axis.size for axis in out_order],
+            out_permute=[out_order.index(axis) for axis in out_axes],
+        )
+
+    def _sides(self, *, columns_first: bool) -> tuple[Side, Side]:
+        rows, columns = self.split
+        return (columns, rows) if columns_first else (rows, columns)
+
+    def _possible(self, *, columns_first: bool) -> bool:
+        first, second = self._sides(columns_first=columns_first)
+        return self.geometry.groups == 1 or size_on(second, self._in) == size_on(first, self._out) == 1
+
+    def _order(self, *, columns_first: bool) -> _Order:
+        first, second = self._sides(columns_first=columns_first)
+        axes, groups = len(self.block) - 2, self.geometry.groups
+        own = self._own(first)
+        kernel = prod(size for size, mine in zip(self.block[2:], own, strict=True) if mine)
+        of_first = self.block[self._in] * groups * size_on(first, self._out) * kernel
+        of_second = self.block[self._out] * groups * size_on(second, self._in) * (prod(self.block[2:]) // kernel)
         total = 0
         for call in self.geometry.calls:
             before, after = call.input_shape[-axes:], call.output_shape[-axes:]
-            between = prod(new if own else old for old, new, own in zip(before, after, self._own, strict=True))
+            between = prod(new if mine else old for old, new, mine in zip(before, after, own, strict=True))
             head, tail = (prod(before), between) if self.transposed else (between, prod(after))
-            samples = prod(call.output_shape[: -axes - 1])
-            total += samples * (inputs * first * head + outputs * second * shared * tail)
-        return total
+            total += prod(call.output_shape[: -axes - 1]) * (of_first * head + of_second * tail)
+        return _Order(columns_first, total)
 
-    def emit(self, left: Source, right: Source, rank: int, bias: nn.Parameter | None) -> nn.Module:
-        """Make both convolutions."""
-        groups = self.geometry.groups
-        factors = (
-            FactorAxes(left, self._sides[0], True, groups, rank),
-            FactorAxes(right, self._sides[1], False, groups, rank),
-        )
-        first, second = reversed(factors) if self._columns_first else factors
-        rest = [not own for own in self._own]
-        if self._channels_shared:
-            n, c = self.block[:2]
-            filters = self._shaped(first, (RANK,), (rank, 1), self._own, None, groups=1)
-            tail = self._shaped(second, (self._axis(self._out), self._axis(self._in), RANK), (n, c * rank), rest, bias)
-            return nn.Sequential(SharedDepthwise(filters, len(self._kernel)), tail)
-        head = self._operator(first, self._in, self._own, None)
-        return nn.Sequential(head, self._operator(second, self._out, rest, bias))
+    def _own(self, side: Side) -> list[bool]:
+        """For each axis of the kernel whether a side has it."""
+        held = {axis.axis for axis in side}
+        return [axis in held for axis in range(2, len(self.block))]
 
-    def _operator(self, factor: FactorAxes, channel: int, own: list[bool], bias: nn.Parameter | None) -> nn.Module:
-        """Make the convolution between the layer's channels on one side and the ranks of each group on the other."""
-        groups, rank, size = self.geometry.groups, factor.rank, self.block[channel]
-        takes_inputs = channel == self._in
-        transposed = self.transposed and any(own)
-        if takes_inputs == transposed:  # the layer's channels are the weight's first axis
-            order, leading = (GROUP, self._axis(channel), RANK), (groups * size, rank)
-        else:
-            order, leading = (GROUP, RANK, self._axis(channel)), (groups * rank, size)
-        return self._shaped(factor, order, leading, own, bias, transposed=transposed)
-
-    def _shaped(
+    def _operator(
         self,
         factor: FactorAxes,
-        order: tuple[SubAxis, ...],
-        leading: tuple[int, int],
-        own: list[bool],
+        inputs: tuple[list[SubAxis], int],
+        outputs: tuple[list[SubAxis], int],
         bias: nn.Parameter | None,
-        *,
-        groups: int | None = None,
-        transposed: bool = False,
     ) -> nn.Module:
-        kernel = tuple(size if mine else 1 for size, mine in zip(self._kernel, own, strict=True))
-        spatial = [self._axis(axis) for axis in range(2, len(self.block))]
-        weight = factor.arranged((*order, *spatial), (*leading, *kernel))
-        groups = self.geometry.groups if groups is None else groups
-        shape = (*leading, *kernel)
+        """Make a convolution of a factor: the axes of its inputs and outputs in each group, and their numbers."""
+        own = self._own(factor.side)
+        groups = self.geometry.groups
+        transposed = self.transposed and any(own)
+        leading, following = (inputs, outputs) if transposed else (outputs, inputs)
+        kernel = tuple(size if mine else 1 for size, mine in zip(self.block[2:], own, strict=True))
+        shape = (groups * leading[1], following[1], *kernel)
+        spatial = [axis for number in range(2, len(self.block)) for axis in sub_axes(factor.side, number)]
+        weight = factor.arranged((GROUP, *leading[0], *following[0], *spatial), shape)
         return convolution(weight, shape, bias, self.geometry, own, groups=groups, transposed=transposed)
-
-    def _axis(self, axis: int) -> SubAxis:
-        """The one factor that an axis of a group's weight is."""
-        return next(sub for side in self._sides for sub in side if sub.axis == axis)

@@ -39,21 +39,6 @@ class SumOfWeights(nn.Module):
         return total
 
 
-class SharedDepthwise(nn.Module):
-    """The same r spatial filters on every channel: (…, c, H, W) → (…, c·r, H', W'), with any number of spatial axes."""
-
-    def __init__(self, filters: nn.Module, axes: int) -> None:
-        super().__init__()
-        self.filters = filters
-        self.axes = axes
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Fold the channels into the batch, filter, and unfold."""
-        channel = x.dim() - self.axes - 1
-        y: Tensor = self.filters(x.flatten(0, channel).unsqueeze(1))
-        return y.reshape(list(x.shape[:channel]) + [x.size(channel) * y.size(1)] + list(y.shape[2:]))
-
-
 class Factor(nn.Module):
     """A factor kept in a dtype of its own; `forward()` gives it in the dtype of the network around it."""
 
@@ -225,6 +210,58 @@ class ContractedLinear(nn.Module):
         if bias is not None:
             y = y + bias
         return y
+
+
+class ContractedConvolution(nn.Module):
+    """A convolution as two over factors of its channels: as `ContractedLinear`, with the places of an image kept."""
+
+    def __init__(
+        self,
+        first: nn.Module,
+        second: nn.Module,
+        bias: nn.Parameter | None,
+        *,
+        axes: int,
+        in_view: list[int],
+        in_permute: list[int],
+        kept: int,
+        contracted: int,
+        outer: int,
+        rank: int,
+        out_view: list[int],
+        out_permute: list[int],
+    ) -> None:
+        super().__init__()
+        self.first = first
+        self.second = second
+        self.bias = bias
+        self.in_view = in_view
+        self.in_permute = [0, *(axis + 1 for axis in in_permute), *(axis + 1 + len(in_view) for axis in range(axes))]
+        self.kept = kept
+        self.contracted = contracted
+        self.outer = outer
+        self.rank = rank
+        self.out_view = out_view
+        self.out_permute = [0, *(axis + 1 for axis in out_permute), *(axis + 1 + len(out_view) for axis in range(axes))]
+        self.axes = axes
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply both convolutions to a batch or to one sample."""
+        alone = x.dim() == self.axes + 1
+        if alone:
+            x = x.unsqueeze(0)
+        batch, places = x.size(0), list(x.shape[2:])
+        x = x.reshape([batch] + self.in_view + places).permute(self.in_permute)
+        hidden: Tensor = self.first(x.reshape([batch * self.kept, self.contracted] + places))
+        places = list(hidden.shape[2:])
+        hidden = hidden.reshape([batch, self.kept, self.outer, self.rank] + places).transpose(1, 2)
+        y: Tensor = self.second(hidden.reshape([batch * self.outer, self.kept * self.rank] + places))
+        places, channels = list(y.shape[2:]), self.outer * y.size(1)
+        y = y.reshape([batch] + self.out_view + places).permute(self.out_permute).reshape([batch, channels] + places)
+        bias = self.bias
+        if bias is not None:
+            y = y + bias.reshape([-1] + [1] * self.axes)
+        return y.squeeze(0) if alone else y
 
 
 class ComposedWeight(nn.Module):
