@@ -20,6 +20,7 @@ from service.contract.states import Phase
 from worker.engine.assembly import state_of
 from worker.engine.course import Course
 from worker.engine.csteps.additive import Projection
+from worker.engine.forms.term import Accuracy
 from worker.engine.methods.context import Context, Outcome, ProgressMeter
 from worker.engine.methods.factored import Learned, finish
 from worker.engine.methods.learning_rate import loss_limit, range_test, step_rate
@@ -74,7 +75,7 @@ class LearningCompression:
         context.observer.phase(Phase.LEARNING)
         module = context.copy()
         weights = weights_of(context, module)
-        made = _steered(context, weights, _pressure_given(context, DIRECT_MU), DIRECT_MU)[1]
+        made = _steered(context, weights, _pressure_given(context, DIRECT_MU), DIRECT_MU, Accuracy.EXACT)[1]
         rows = step_rows(1, context.network.problems, _norms(weights), made)
         context.observer.ranks(rows)
         meter = ProgressMeter(context.observer, 1, 1)
@@ -90,7 +91,7 @@ def _begin(context: Context) -> Loop:
     weights = weights_of(context, module)
     mu_given = settings_of(context).mu.initial
     guess = 1.0 if mu_given == "auto" else mu_given
-    pressure, made = _steered(context, weights, _pressure_given(context, guess), guess)
+    pressure, made = _steered(context, weights, _pressure_given(context, guess), guess, Accuracy.SINGLE)
     rate = context.spec.training.optimizer.lr
     if rate == "auto":
         rate = range_test(lambda: context.trainer(_projected_copy(context, made)))
@@ -99,7 +100,7 @@ def _begin(context: Context) -> Loop:
     context.resolve("method.mu.initial", mu_first)
     if context.limit is None:
         pressure = _pressure_given(context, mu_first) or 0.0
-        made = project_all(context.network, weights, pressure, None, None, mu=mu_first)
+        made = project_all(context.network, weights, pressure, None, None, mu=mu_first, accuracy=Accuracy.SINGLE)
     if _literal(settings_of(context)):
         made = [
             Projection(tuple(thetas), float(w.detach().double().square().sum()), 0.0, 0)
@@ -202,14 +203,24 @@ def _c_step(context: Context, loop: Loop, targets: Sequence[Tensor], mu: float) 
 
     sweeps = method.c_step.sweeps if method.c_step.sweeps != "auto" else None
     share = (loop.step + 1) / method.mu.steps
+    # The last step decides the ranks and factors that are emitted; a literal step is what the slides say.
+    exact = loop.step + 1 == method.mu.steps or sweeps is not None
+    accuracy = Accuracy.EXACT if exact else Accuracy.WARM
     if context.limit is not None and share > HOLD_FROM:
         start = max(loop.pressure, 1e-30)
         loop.pressure, made = pressure_for(
-            network, targets, context.limit, start=start, warm=loop.thetas(), after_layer=after_layer, mu=mu
+            network,
+            targets,
+            context.limit,
+            start=start,
+            warm=loop.thetas(),
+            after_layer=after_layer,
+            mu=mu,
+            accuracy=Accuracy.WARM,
         )
-        return fill(network, targets, made, context.limit, mu=mu), loop.pressure
+        return fill(network, targets, made, context.limit, mu=mu, accuracy=accuracy), loop.pressure
     pressure = loop.pressure
-    made = project_all(network, targets, pressure, loop.thetas(), sweeps, after_layer, mu=mu)
+    made = project_all(network, targets, pressure, loop.thetas(), sweeps, after_layer, mu=mu, accuracy=accuracy)
     if context.limit is not None and share > ADAPT_FROM:
         loop.pressure *= (network.size(made) / context.limit) ** 0.5
     return made, pressure
@@ -244,14 +255,14 @@ def _penalty(context: Context, loop: Loop, mu: float) -> Penalty:
 
 
 def _steered(
-    context: Context, weights: Sequence[Tensor], pressure: float | None, mu: float
+    context: Context, weights: Sequence[Tensor], pressure: float | None, mu: float, accuracy: Accuracy
 ) -> tuple[float, list[Projection]]:
     """Ranks on a spectrum: within the budget where there is one, else at the given pressure."""
     if context.limit is None:
         given = pressure if pressure is not None else 0.0
-        return given, project_all(context.network, weights, given, None, None, mu=mu)
-    found, made = pressure_for(context.network, weights, context.limit, mu=mu)
-    return found, fill(context.network, weights, made, context.limit, mu=mu)
+        return given, project_all(context.network, weights, given, None, None, mu=mu, accuracy=accuracy)
+    found, made = pressure_for(context.network, weights, context.limit, mu=mu, accuracy=Accuracy.SINGLE)
+    return found, fill(context.network, weights, made, context.limit, mu=mu, accuracy=accuracy)
 
 
 def _mu_first(context: Context, weights: Sequence[Tensor], rate: float) -> float:
@@ -265,7 +276,7 @@ def _mu_first(context: Context, weights: Sequence[Tensor], rate: float) -> float
         return mu
     total = sum(_norms(weights))
     for _ in range(60):  # doubling spans 18 orders of magnitude
-        made = project_all(context.network, weights, 2 * given / mu, None, None, mu=mu)
+        made = project_all(context.network, weights, 2 * given / mu, None, None, mu=mu, accuracy=Accuracy.SINGLE)
         if total - sum(0.0 if each.dense else each.error for each in made) >= SENSIBLE_ENERGY * total:
             break
         mu *= 2

@@ -4,14 +4,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from heapq import heappop, heappush
 from math import inf, sqrt
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from worker.engine.csteps.additive import Projection, project
 from worker.engine.csteps.joint import project_jointly
-from worker.engine.forms.term import Term
+from worker.engine.csteps.parallel import map_layers
+from worker.engine.forms.term import Accuracy, Term
 from worker.engine.layer_problem import LayerProblem
 from worker.engine.selection.curves import curves_of, estimate_pressure
 
@@ -22,7 +23,8 @@ LOWERINGS_MAX = 4  # once W has emptied its tails, lower pressures find nothing 
 PROHIBITIVE = 1e30
 POLISH_SWEEPS = 3
 Thetas = Sequence[Any]  # Θ of each term of one layer
-AfterLayer = Callable[[int, int], None]  # told of every layer that is projected: which one, of how many
+AfterLayer = Callable[[int, int], None]  # told when a layer is projected: how many are, of how many
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
@@ -64,8 +66,9 @@ def project_all(
     after_layer: AfterLayer | None = None,
     *,
     mu: float = inf,
+    accuracy: Accuracy = Accuracy.EXACT,
 ) -> list[Projection]:
-    """Make the C step of every layer.
+    """Make the C step of every layer; on the CPU layers are made side by side.
 
     Parameters
     ----------
@@ -81,20 +84,37 @@ def project_all(
         Fixed number of sweeps: the literal C step of the slides. Dense is no candidate in it, a rank may pass
         break-even and a layer may fall to rank 0; what the final network needs is seen to when the loop is over.
     after_layer : callable, optional
-        Told of every layer that is projected.
+        Told in the calling thread how many layers are projected.
     mu : float
         μ, for penalties that are a term's own.
+    accuracy : Accuracy
+        Of the closed forms.
     """
-    made: list[Projection] = []
-    for index, (problem, weight) in enumerate(zip(network.problems, weights, strict=True)):
-        made.append(_project_one(problem, weight, pressure, mu, None if warm is None else warm[index], sweeps))
-        if after_layer is not None:
-            after_layer(index + 1, len(weights))
+
+    def one(index: int) -> Projection:
+        start = None if warm is None else warm[index]
+        return _project_one(network.problems[index], weights[index], pressure, mu, start, sweeps, accuracy)
+
+    made = _every_layer(one, weights, after_layer)
     return project_jointly(network.problems, weights, made, pressure, mu)
 
 
+def _every_layer(
+    function: Callable[[int], Made], weights: Sequence[Tensor], after_layer: AfterLayer | None = None
+) -> list[Made]:
+    workers = 1 if any(weight.is_cuda for weight in weights) else None
+    sizes = [weight.numel() for weight in weights]
+    return map_layers(function, range(len(weights)), workers=workers, sizes=sizes, after=after_layer)
+
+
 def _project_one(
-    problem: LayerProblem, weight: Tensor, pressure: float, mu: float, warm: Thetas | None, sweeps: int | None
+    problem: LayerProblem,
+    weight: Tensor,
+    pressure: float,
+    mu: float,
+    warm: Thetas | None,
+    sweeps: int | None,
+    accuracy: Accuracy,
 ) -> Projection:
     literal = sweeps is not None
     return project(
@@ -106,6 +126,7 @@ def _project_one(
         sweeps=sweeps,
         rank_total_low=0 if literal else problem.rank_total_low,
         dense_cost=None if literal or problem.given else problem.dense_price,
+        accuracy=accuracy,
     )
 
 
@@ -118,6 +139,7 @@ def pressure_for(
     warm: Sequence[Thetas] | None = None,
     after_layer: AfterLayer | None = None,
     mu: float = inf,
+    accuracy: Accuracy = Accuracy.EXACT,
 ) -> tuple[float, list[Projection]]:
     """Find a pressure whose ranks meet the limit and use nearly all of it.
 
@@ -140,6 +162,8 @@ def pressure_for(
         Told of every layer that is projected, at every pressure that is tried.
     mu : float
         μ, for penalties that are a term's own.
+    accuracy : Accuracy
+        Of the closed forms.
     """
     if start is None:
         start = estimate_pressure(curves_of(network.problems, weights), network.rest, limit)
@@ -147,7 +171,7 @@ def pressure_for(
     feasible: tuple[float, list[Projection]] | None = None
     infeasible: float | None = None
     for tries in range(TRIES_MAX):
-        made = project_all(network, weights, pressure, warm, None, after_layer, mu=mu)
+        made = project_all(network, weights, pressure, warm, None, after_layer, mu=mu, accuracy=accuracy)
         size = network.size(made)
         if size <= limit:
             if feasible is None or size >= network.size(feasible[1]):
@@ -179,7 +203,13 @@ def least_projections(network: Network, weights: Sequence[Tensor], mu: float = i
 
 
 def fill(
-    network: Network, weights: Sequence[Tensor], projections: Sequence[Projection], limit: int, *, mu: float = inf
+    network: Network,
+    weights: Sequence[Tensor],
+    projections: Sequence[Projection],
+    limit: int,
+    *,
+    mu: float = inf,
+    accuracy: Accuracy = Accuracy.EXACT,
 ) -> list[Projection]:
     """Use what a budget has left: raise units by the largest energy/cost that still fits, then fit at those units.
 
@@ -187,16 +217,28 @@ def fill(
     as they are, and so do layers that share a term with others.
     """
     filling = _Filling(network, projections, limit - network.size(projections))
-    for index, (problem, weight, made) in enumerate(zip(network.problems, weights, projections, strict=True)):
-        if made.dense or problem.joint:
-            continue
-        residual = weight.detach().to(torch.float64) - composed(problem, made.factors)
-        for place, choice in enumerate(problem.choices):
-            term = choice.term.settled(made.factors[place])
-            if term.graded and made.ranks[place] < choice.rank_high:
-                filling.offer(index, place, term.energies(residual))
+
+    def left_by(index: int) -> dict[int, Tensor]:
+        return _energies_left(network.problems[index], weights[index], projections[index])
+
+    for index, offers in enumerate(_every_layer(left_by, weights)):
+        for place, energies in offers.items():
+            filling.offer(index, place, energies)
     filling.run()
-    return at_ranks(network, weights, projections, filling.ranks, mu)
+    return at_ranks(network, weights, projections, filling.ranks, mu, accuracy)
+
+
+def _energies_left(problem: LayerProblem, weight: Tensor, made: Projection) -> dict[int, Tensor]:
+    """Energies of what the terms leave, for each term that may still grow."""
+    if made.dense or problem.joint:
+        return {}
+    residual = weight.detach().to(torch.float64) - composed(problem, made.factors)
+    settled = {place: choice.term.settled(made.factors[place]) for place, choice in enumerate(problem.choices)}
+    return {
+        place: term.energies(residual)
+        for place, term in settled.items()
+        if term.graded and made.ranks[place] < problem.choices[place].rank_high
+    }
 
 
 class _Filling:
@@ -250,19 +292,26 @@ def at_ranks(
     projections: Sequence[Projection],
     ranks: Sequence[Sequence[int]],
     mu: float,
+    accuracy: Accuracy = Accuracy.EXACT,
 ) -> list[Projection]:
     """Fit every layer at fixed units, from the given Θ."""
-    made = []
-    for problem, weight, projection, wanted in zip(network.problems, weights, projections, ranks, strict=True):
+
+    def one(index: int) -> Projection:
+        problem, projection = network.problems[index], projections[index]
         if projection.dense or problem.joint:
-            made.append(projection)
-            continue
-        made.append(_at_units(problem, weight, projection, wanted, mu))
-    return made
+            return projection
+        return _at_units(problem, weights[index], projection, ranks[index], mu, accuracy)
+
+    return _every_layer(one, weights)
 
 
 def _at_units(
-    problem: LayerProblem, weight: Tensor, projection: Projection, wanted: Sequence[int], mu: float
+    problem: LayerProblem,
+    weight: Tensor,
+    projection: Projection,
+    wanted: Sequence[int],
+    mu: float,
+    accuracy: Accuracy,
 ) -> Projection:
     """Fit a layer's graded and fixed terms at given units; a Θ that was chosen in another way stays as it is."""
     thetas = list(projection.factors)
@@ -276,7 +325,8 @@ def _at_units(
     for place in held:
         target = target - problem.choices[place].term.project(thetas[place])
     choices = [problem.choices[place].settled(thetas[place]).at_rank(wanted[place]) for place in free]
-    fitted = project(target, choices, 0.0, mu=mu, warm=[thetas[place] for place in free], sweeps=POLISH_SWEEPS)
+    start = [thetas[place] for place in free]
+    fitted = project(target, choices, 0.0, mu=mu, warm=start, sweeps=POLISH_SWEEPS, accuracy=accuracy)
     for place, theta in zip(free, fitted.factors, strict=True):
         thetas[place] = theta
     return replace(fitted, factors=tuple(thetas))
