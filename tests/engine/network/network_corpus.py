@@ -346,7 +346,7 @@ def _identity_pair(layer: Layer, weight: Tensor) -> nn.Sequential:
     if layer.kind in {"embedding", "matmul"}:
         rows, width = weight.shape
         first = nn.Embedding(rows, width) if layer.kind == "embedding" else nn.Linear(rows, width, bias=False)
-        second: nn.Module = nn.Linear(width, width, bias=False)
+        second: nn.Module = nn.Linear(width, width, bias=biased)
         nn.init.eye_(second.weight)
         return nn.Sequential(first, second)
     axes, transposed = int(layer.kind[-2]), layer.kind.startswith("conv_transpose")

@@ -24,8 +24,9 @@ from worker.engine.network.plain_paths import fix_flags, simplify, take_plain_pa
 
 _MODULE_TYPES = frozenset({"ClassType", "InterfaceType"})
 _PASSING = frozenset({"prim::ListConstruct", "prim::unchecked_cast", "prim::unchecked_unwrap_optional"})
-_NO_NAME = OPERATORS.keys() | {"prim::Return"}  # a parameter may enter these as something else than the weight
 _TURNING = frozenset({"aten::t", "aten::transpose", "aten::permute", "aten::numpy_T", "aten::mT"})
+_ALIASING = _TURNING | {"aten::detach", "aten::contiguous", "aten::view", "aten::select", "aten::slice"}
+_NO_NAME = OPERATORS.keys() | {"prim::Return"}  # a parameter may enter these as something else than the weight
 # What asks about a tensor without reading its numbers.
 QUESTIONS = frozenset(
     {
@@ -127,7 +128,7 @@ def _scan(module: torch.jit.ScriptModule, method: str, graph: Graph, parameters:
             for name in parameters.behind(node.output(), found.root):
                 readers = list(_consumers(node.output()))
                 found.consumers.setdefault(name, []).extend(readers)
-                if any(_writes_to(reader, node.output()) for reader in readers):
+                if _is_written(node.output()):
                     found.assigned.add(name)
             if node.output().type().kind() in _MODULE_TYPES and _is_handed_on(node.output()):
                 found.opaque.add(attribute_chain(node.output(), found.root) or "")
@@ -155,15 +156,29 @@ def _consumers(value: Value) -> Iterator[Node]:
     for use in value.uses():
         if use.user.kind() in _PASSING or (use.user.kind() in _TURNING and use.offset == 0):
             yield from _consumers(use.user.output())
+        elif use.user.kind() == "prim::Return" and (branch := _branch_of(use.user)) is not None:
+            yield from _consumers(branch.outputsAt(use.offset))
         elif use.user.kind() not in QUESTIONS:
             yield use.user
 
 
-def _writes_to(node: Node, value: Value) -> bool:
-    """Tell whether an operator changes a tensor in place."""
-    name = node.kind()
-    in_place = name.endswith("_") and not name.endswith("__") and node.inputsSize() > 0
-    return in_place and node.inputsAt(0).debugName() == value.debugName()
+def _branch_of(end: Node) -> Node | None:
+    """Give the `prim::If` whose arm ends here."""
+    owner = end.owningBlock().owningNode()
+    return owner if owner is not None and owner.kind() == "prim::If" else None
+
+
+def _is_written(value: Value) -> bool:
+    """Tell whether an operator changes a tensor in place, by itself or through a view of it."""
+    for use in value.uses():
+        name = use.user.kind()
+        if use.offset or not name.startswith("aten::"):
+            continue
+        if name.endswith("_") and not name.endswith("__"):
+            return True
+        if name in _ALIASING and _is_written(use.user.output()):
+            return True
+    return False
 
 
 def _other_sites(method: str, found: MethodSites, names: list[str]) -> Iterator[Site]:
