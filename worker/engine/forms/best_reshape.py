@@ -6,7 +6,6 @@ one of least pressure·C(Θ) + ‖W − Δ(Θ)‖² stands. The choice is part o
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from math import ceil
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -68,6 +67,11 @@ class BestReshapeTerm(Term):
         return self.candidates[0].composed
 
     @property
+    def overhead_bytes(self) -> int:
+        """Of the reshape that takes most."""
+        return max(each.overhead_bytes for each in self.candidates)
+
+    @property
     def units_max(self) -> int:
         """The highest rank of any candidate."""
         return max(each.units_max for each in self.candidates)
@@ -103,12 +107,15 @@ class BestReshapeTerm(Term):
     def fit(self, residual: Tensor, ask: Ask, warm: Any = None) -> Any:
         """Closed form under each reshape; the least objective stands, and of equals the one before, then the first.
 
-        Fixed at one rank, the reshape is chosen by price and error too.
+        Fixed at one rank, the reshape is chosen by price and error too. A reshape whose energies say that it cannot
+        come below what stands is not fitted.
         """
         best, least = None, float("inf")
         former = None if warm is None or warm.units == 0 else warm.place
         for place, bounded in sorted(self._asks(ask), key=lambda pair: pair[0] != former):
             candidate = self.candidates[place]
+            if best is not None and candidate.least_objective(residual, bounded) >= least:
+                continue
             made = candidate.fit(residual, bounded, warm if place == former else None)
             error = float((residual - candidate.project(made)).square().sum())
             objective = ask.pressure * ask.price(candidate.counts(made)) + error if made.units else error
@@ -129,8 +136,16 @@ class BestReshapeTerm(Term):
         weight = self.geometry.weight_params
         macs = 0 if candidate.composed else self.geometry.dense_macs
         dense = ask.price(Counts(weight, macs, weight * self.geometry.dtype_bits))
-        each = ask.price(candidate.counts_at(1))
-        return candidate.units_max if each <= 0 else max(ceil(dense / each) - 1, 0)
+        low, high = 0, candidate.units_max
+        while dense > 0 and low < high:  # the price grows with the rank
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if ask.price(candidate.counts_at(middle)) < dense else (low, middle - 1)
+        return high
+
+    def least_objective(self, residual: Tensor, ask: Ask) -> float:
+        """Least of the candidates' bounds."""
+        asks = self._asks(ask)
+        return min((self.candidates[place].least_objective(residual, each) for place, each in asks), default=0.0)
 
     def project(self, theta: Any) -> Tensor:
         """Δ(Θ) under the reshape that was chosen."""

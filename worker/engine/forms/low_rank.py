@@ -24,6 +24,7 @@ from worker.engine.forms.term import Ask, Counts, Facts, NotApplicableError, Ter
 from worker.engine.forms.unpacked import UnpackedOnce
 
 STORE_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+CAST_OVERHEAD_BYTES = 1024  # two modules that cast; measured on emitted files
 _FORMS: tuple[tuple[NamedReshape, Form], ...] = (
     ("matrix", Form.MATRIX),
     ("channel", Form.CHANNEL),
@@ -164,6 +165,11 @@ class LowRankTerm(Term):
     def bits_per_param(self) -> int:
         """Bits of one stored number of the factors."""
         return self.geometry.dtype_bits if self.store_dtype is None else 16
+
+    @property
+    def overhead_bytes(self) -> int:
+        """More where factors are cast at each call."""
+        return super().overhead_bytes + (0 if self.store_dtype is None else CAST_OVERHEAD_BYTES)
 
     @property
     def params_per_rank(self) -> int:

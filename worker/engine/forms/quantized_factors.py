@@ -200,15 +200,26 @@ class QuantizedFactorsTerm(LowRankTerm):
             return self.reshape.to_matrices(residual, self.groups)
         return self.reshape.to_matrix(residual)
 
+    def least_objective(self, residual: Tensor, ask: Ask) -> float:
+        """By the energies alone; quantizing only adds to the error."""
+        totals = self._totals(residual.to(torch.float64), ask)
+        return min(totals.values())
+
     def _select(self, residual: Tensor, ask: Ask) -> int:
         """Rank of least pressure·C + Σ of the energies that are left."""
         if ask.low == ask.high:
             return ask.high
+        totals = self._totals(residual, ask)
+        return min(totals, key=totals.__getitem__)
+
+    def _totals(self, residual: Tensor, ask: Ask) -> dict[int, float]:
+        """Pressure·C + Σ of the energies that are left, at every rank within the bounds."""
         energies = self.energies(residual)
         left = torch.cat([energies.flip(0).cumsum(0).flip(0), energies.new_zeros(1)])
         high = min(ask.high, self.rank_max)
-        costs = {rank: ask.pressure * ask.price(self.counts_at(rank)) for rank in range(ask.low, high + 1)}
-        return min(costs, key=lambda rank: costs[rank] + float(left[rank]))
+        errors = left.tolist()
+        ranks = range(min(ask.low, high), high + 1)
+        return {rank: ask.pressure * ask.price(self.counts_at(rank)) + errors[rank] for rank in ranks}
 
     def _alternate(self, matrix: Tensor, left: Codes, right: Codes, rank: int, ask: Ask) -> tuple[float, Codes, Codes]:
         """Fit each factor to the other and quantize it, as long as the error falls."""
