@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-STALL_RELATIVE = 1e-6  # a sweep that gains less than this part of the error ends the iteration
+STALL_RELATIVE = 1e-5  # a sweep that gains less than this part of the error ends the iteration
 SWEEPS_MAX = 50
 
 
