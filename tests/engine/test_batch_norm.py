@@ -11,7 +11,7 @@ from torch import nn
 
 from service.contract.spec import DataSpec
 from worker.engine import batch_norm
-from worker.engine.batch_norm import has_statistics, reestimate
+from worker.engine.batch_norm import reestimate, statistics_of
 from worker.engine.data import Dataset, epoch_order
 
 CPU = torch.device("cpu")
@@ -82,11 +82,11 @@ def test_layers_that_do_not_follow_keep_their_statistics() -> None:
     data = images()
     module = loaded(Normed().eval(), torch.randn(2, 2, 5, 5))  # traced: training mode changes nothing any more
     before = {name: buffer.clone() for name, buffer in module.named_buffers()}
-    assert has_statistics(module)
+    assert statistics_of(module)
     assert not reestimate(module, data, 32, CPU, 0)
     assert all(torch.equal(buffer, before[name]) for name, buffer in module.named_buffers())
     plain = loaded(nn.Linear(3, 3))
-    assert not has_statistics(plain)
+    assert not statistics_of(plain)
     assert not reestimate(plain, data, 32, CPU, 0)
 
 

@@ -15,6 +15,7 @@ from worker.engine.forward import call, out_of_memory
 SAMPLES_MAX = 8192  # of the train part; the means of some thousand samples are as good as those of all
 _STREAM = 0xB9
 _MEAN, _VARIANCE, _COUNT = "running_mean", "running_var", "num_batches_tracked"
+_NAMES = {_MEAN, _VARIANCE, _COUNT}
 
 
 @dataclass
@@ -65,9 +66,9 @@ class _Layer:
         self.variance.copy_(torch.as_tensor(variance))
 
 
-def has_statistics(module: torch.jit.ScriptModule) -> bool:
-    """Whether a network has normalisation layers with running statistics."""
-    return next(_layers(module), None) is not None
+def statistics_of(module: torch.jit.ScriptModule) -> dict[str, Tensor]:
+    """Copy of the running statistics of a network's normalisation layers, by the names of their buffers."""
+    return {name: each.clone() for name, each in module.named_buffers() if name.rpartition(".")[2] in _NAMES}
 
 
 def reestimate(

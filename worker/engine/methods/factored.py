@@ -10,6 +10,7 @@ from torch import Tensor
 
 from service.contract.errors import ErrorCode, ProblemError
 from service.contract.events import EventKind
+from service.contract.numbers import Auto
 from service.contract.states import Phase
 from worker.engine.assembly import (
     Recipe,
@@ -23,11 +24,11 @@ from worker.engine.assembly import (
 )
 from worker.engine.course import Course
 from worker.engine.csteps.additive import Projection, project
-from worker.engine.evaluation import evaluate
 from worker.engine.layer_problem import UNITS
 from worker.engine.layer_rules import size_metric
 from worker.engine.methods.context import Context, Outcome, ProgressMeter
-from worker.engine.methods.learning_rate import range_test
+from worker.engine.methods.learning_rate import range_test, tuning_rate
+from worker.engine.methods.scoring import select_score, with_better_statistics
 from worker.engine.observer import Saved
 from worker.engine.rank_rows import final_rows
 from worker.engine.selection.steering import PROHIBITIVE, fill, held_against, pressure_for, settle_dense
@@ -118,6 +119,8 @@ def finish(context: Context, learned: Learned | None, meter: ProgressMeter, epoc
         if learned is not None:
             context.checkpoint(partial(_save, context, tuning))
         _train(context, tuning, meter, epochs)
+    if context.dataset is not None:
+        _refresh(context, tuning)
     notes: dict[str, Any] = {
         "fine_tune_epochs": tuning.epoch,
         "fine_tune_best_epoch": tuning.best_epoch,
@@ -183,7 +186,7 @@ def _settle(context: Context, learned: Learned) -> list[Projection]:
 
 
 def _train(context: Context, tuning: Tuning, meter: ProgressMeter, epochs: int) -> None:
-    """Train with a cosine schedule; keep the best iterate on the select part, stop early when it is long past."""
+    """Train by the schedule; keep the best iterate on the select part, stop early when it is long past."""
     save = partial(_save, context, tuning)
     rate = _begin(context, tuning) if tuning.rate is None else tuning.rate
     course = tuning.course = Course.begin(context.trainer(tuning.module), rate)
@@ -198,8 +201,7 @@ def _train(context: Context, tuning: Tuning, meter: ProgressMeter, epochs: int) 
 
     patience = max(PATIENCE_EPOCHS_MIN, round(epochs * PATIENCE_SHARE))
     while tuning.epoch < epochs and tuning.epoch - tuning.best_epoch < patience:
-        for group in course.optimizer.param_groups:
-            group["lr"] = rate * _cosine(tuning.epoch / epochs)
+        course.set_rate(tuning_rate(rate, context.spec.fine_tune.schedule, tuning.epoch, epochs))
         try:
             course.epoch((FINE_TUNE_STREAM,), after_update=after_update)
         except ProblemError as error:
@@ -215,10 +217,11 @@ def _train(context: Context, tuning: Tuning, meter: ProgressMeter, epochs: int) 
 
 def _begin(context: Context, tuning: Tuning) -> float:
     """Score the network as it was settled, and find its learning rate."""
-    tuning.best_score = _select_score(context, tuning.module)
+    tuning.best_score = with_better_statistics(context, tuning.module)
+    tuning.best = live_state(tuning.module, tuning.recipe)
     tuning.rate = _rate(context, tuning)
     context.position += 1
-    tested = context.spec.training.optimizer.lr == "auto"
+    tested = _rate_given(context) == "auto"
     context.checkpoint(partial(_save, context, tuning), must=tested)  # a test is not made twice
     return tuning.rate
 
@@ -226,7 +229,7 @@ def _begin(context: Context, tuning: Tuning) -> float:
 def _score(context: Context, tuning: Tuning, loss: float) -> None:
     """Score the epoch that was made, and keep its iterate if it is the best."""
     tuning.epoch += 1
-    score = _select_score(context, tuning.module)
+    score = select_score(context, tuning.module)
     if score < tuning.best_score:
         tuning.best = live_state(tuning.module, tuning.recipe)
         tuning.best_score, tuning.best_epoch = score, tuning.epoch
@@ -235,9 +238,24 @@ def _score(context: Context, tuning: Tuning, loss: float) -> None:
     )
 
 
+def _refresh(context: Context, tuning: Tuning) -> None:
+    """Go back to the best iterate, and give it fresh batch-norm statistics if they are better."""
+    if context.spec.training.batch_norm == "keep":
+        return
+    load_state(tuning.module, tuning.best)
+    known = tuning.best_score if tuning.rate is not None else None  # without training there was nothing to score
+    if with_better_statistics(context, tuning.module, known) != known:
+        tuning.best = live_state(tuning.module, tuning.recipe)
+
+
+def _rate_given(context: Context) -> float | Auto:
+    tuning, learning = context.spec.fine_tune.lr, context.spec.training.optimizer.lr
+    return tuning if tuning != "auto" else learning
+
+
 def _rate(context: Context, tuning: Tuning) -> float:
     """Learning rate of the factored network: the spec's, or a range test of its own."""
-    given = context.spec.training.optimizer.lr
+    given = _rate_given(context)
     if given != "auto":
         return given
     state = live_state(tuning.module, tuning.recipe)
@@ -248,17 +266,6 @@ def _rate(context: Context, tuning: Tuning) -> float:
         return context.trainer(copy)
 
     return range_test(fresh)
-
-
-def _cosine(share: float) -> float:
-    """Cosine from 1 to 0 over the epochs."""
-    return float(0.5 * (1 + torch.cos(torch.tensor(share * torch.pi, dtype=torch.float64))))
-
-
-def _select_score(context: Context, module: torch.jit.ScriptModule) -> float:
-    assert context.dataset is not None  # noqa: S101
-    assert context.objective is not None  # noqa: S101
-    return evaluate(module, context.dataset, "select", context.objective, context.teacher, context.device).objective
 
 
 def _save(context: Context, tuning: Tuning) -> Saved:

@@ -64,7 +64,7 @@ class LearningCompression:
             )
         loop = restore_loop(context) if stage == STAGE else _begin(context)
         meter = ProgressMeter(context.observer, epochs + tuning, method.mu.steps, done)
-        while loop.step < method.mu.steps:
+        while loop.step < method.mu.steps and not loop.settled:
             _step(context, loop, meter)
             context.checkpoint(partial(save_loop, context, loop))
         targets = _last_targets(context, loop)
@@ -126,6 +126,7 @@ def _step(context: Context, loop: Loop, meter: ProgressMeter) -> None:
     distance = _update_multipliers(context, loop, mu)
     loop.l_step = None
     size = context.network.size(loop.projections)
+    loop.settled = _settled(context, loop, distance, size)
     held = held_against(context.network, loop.weights, loop.projections)
     rows = step_rows(loop.step + 1, context.network.problems, _norms(loop.weights), held)
     context.observer.ranks(changed(rows, loop.rows))
@@ -144,6 +145,7 @@ def _step(context: Context, loop: Loop, meter: ProgressMeter) -> None:
             "cost": size,
             "cost_fraction": fraction,
             "sweeps": max((made.sweeps for made in loop.projections), default=0),
+            "settled": loop.settled,
         },
     )
     loop.step += 1
@@ -156,10 +158,13 @@ def _l_step(context: Context, loop: Loop, l_step: LStep, mu: float, meter: Progr
     save, steps = partial(save_loop, context, loop), settings_of(context).mu.steps
     while l_step.repeats <= RETRIES_MAX:
         penalty = _penalty(context, loop, mu)
-        rate = step_rate(loop.rate * loop.rate_scale, loop.step, steps, mu)
-        course = l_step.take_up(Course.begin(context.trainer(loop.module), rate))
+        training, initial = context.spec.training, loop.rate * loop.rate_scale
+        course = l_step.take_up(Course.begin(context.trainer(loop.module), initial))
         try:
-            while course.place.epochs < context.spec.training.epochs_per_step:
+            while (epoch := course.place.epochs) < training.epochs_per_step:
+                course.set_rate(
+                    step_rate(initial, loop.step, steps, mu, training.schedule, epoch, training.epochs_per_step)
+                )
                 _epoch(context, loop, course, penalty, meter)
                 context.checkpoint(save)
         except ProblemError as error:
@@ -240,6 +245,22 @@ def _update_multipliers(context: Context, loop: Loop, mu: float) -> float:
             if settings_of(context).multipliers:
                 loop.multipliers[index].sub_(difference, alpha=mu)
     return distance
+
+
+def _settled(context: Context, loop: Loop, distance: float, size: int) -> bool:
+    """Count the step, and say whether the loop may end before its last one; see `Stability`.
+
+    Under a budget steps count from where ranks are held within it: until then λ is still adapted.
+    """
+    if context.limit is not None:
+        share = (loop.step + 1) / settings_of(context).mu.steps
+        if share <= HOLD_FROM or size > context.limit:
+            return False
+    units = [theta.units for made in loop.projections for theta in made.factors]
+    loop.stability.count([*units, *(int(made.dense) for made in loop.projections)])
+    pairs = zip(_norms(loop.weights), loop.projections, strict=True)
+    norm = sum(norm for norm, made in pairs if not made.dense)
+    return loop.stability.reached(context.spec.training.early_stop, distance, norm)
 
 
 def _penalty(context: Context, loop: Loop, mu: float) -> Penalty:

@@ -13,6 +13,7 @@ from worker.engine.assembly import load_state, state_in_place
 from worker.engine.course import Course
 from worker.engine.csteps.additive import Projection
 from worker.engine.methods.context import Context
+from worker.engine.methods.early_stop import Stability
 from worker.engine.observer import Saved
 
 STAGE = "learning"
@@ -76,6 +77,10 @@ class Loop:
         Rank configuration of the last C step.
     l_step : LStep or None
         The L step that is under way, or over with its C step still to be made.
+    stability : Stability
+        How long the ranks have not changed.
+    settled : bool
+        Whether the loop ends here, before its last step.
     """
 
     module: torch.jit.ScriptModule
@@ -90,6 +95,8 @@ class Loop:
     rate_scale: float = 1.0
     rows: list[RankRow] = field(default_factory=list)
     l_step: LStep | None = None
+    stability: Stability = field(default_factory=Stability)
+    settled: bool = False
 
     def thetas(self) -> list[tuple[Any, ...]]:
         """Θ of each layer."""
@@ -140,6 +147,8 @@ def save_loop(context: Context, loop: Loop) -> Saved:
         ],
         "rows": [row.model_dump(mode="json") for row in loop.rows],
         "l_step": None,
+        "stability": {"ranks": loop.stability.ranks, "steps": loop.stability.steps},
+        "settled": loop.settled,
     }
     if loop.l_step is not None and loop.l_step.course is not None:
         course = loop.l_step.course.save()
@@ -181,6 +190,8 @@ def restore_loop(context: Context) -> Loop:
         state["rate_scale"],
         [RankRow.model_validate(row) for row in state["rows"]],
         _restore_l_step(saved),
+        Stability(**state["stability"]),
+        state["settled"],
     )
 
 
