@@ -197,6 +197,11 @@ class PruneTermSpec(TermSpec):
         return self
 
     @property
+    def saves(self) -> Saving:
+        """Single weights are stored with their positions: fewer numbers are not always fewer bytes."""
+        return "bytes" if self.group == "weight" else "params"
+
+    @property
     def fixes_its_size(self) -> bool:
         """Whether the spec says how much is kept, or what weighs against keeping it."""
         return self.keep_fraction is not None or self.alpha is not None

@@ -205,13 +205,19 @@ def _choice(
         return refusal.form, refusal.reason
     if any(other.term.key == term.key for other in before):
         return term.form, ReasonCode.TERMS_NOT_DISTINCT
-    asked = term.units_asked(spec)
-    if isinstance(spec, LowRankTermSpec) and rule.rank is not None and spec.rank is None:
-        asked = (rule.rank, rule.rank)
-    if isinstance(spec, LowRankTermSpec) and rule.max_rank is not None and asked is None:
-        asked = (0, rule.max_rank)
     if group is not None:  # what its layers share is decided by them together
         return TermChoice(term, pricing.price, 0, term.units_max, joint_group=group, given=True)
+    return _bounded(term, spec, rule, pricing)
+
+
+def _bounded(term: Term, spec: TermSpec, rule: LayerRule, pricing: Pricing) -> TermChoice | tuple[Form, ReasonCode]:
+    """Bound the units by the spec, and by what costs less than the dense layer."""
+    asked = term.units_asked(spec)
+    if isinstance(spec, LowRankTermSpec) and spec.rank is None:
+        if rule.rank is not None:
+            asked = (rule.rank, rule.rank)
+        elif rule.max_rank is not None and asked is None:
+            asked = (0, rule.max_rank)
     highest = highest_units(term, pricing.metric)
     low, high = asked if asked is not None else (0, term.units_max)
     if low == high > 0:

@@ -1,8 +1,8 @@
 """First stage of a job: from the uploaded files to the trained factored network and its rank configuration."""
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +28,13 @@ from worker.engine.layer_rules import Decisions, apply_rules, name_parameters, s
 from worker.engine.methods.context import Context, Outcome
 from worker.engine.methods.registry import method_for
 from worker.engine.network.costs import Census, take_census
-from worker.engine.network.layers import find_layers
+from worker.engine.network.layers import Layer, find_layers
 from worker.engine.network.load import load_model
 from worker.engine.network.operators import reject_unsafe_operators
 from worker.engine.objectives import make_objective
 from worker.engine.observer import Observer, Saved
 from worker.engine.selection.steering import Network
+from worker.engine.widening import as_inputs, dtype_bits, floating_dtype, widen
 
 FINAL_STATE = "final.safetensors"
 FINAL_PLAN = "final.json"
@@ -81,6 +82,8 @@ def learn(sources: Sources, spec: JobSpec, observer: Observer, saved: Saved | No
     device = choose_device(spec.device)
     reference = load_model(sources.model, device)
     reject_unsafe_operators(reference)
+    stored_bits = dtype_bits(reference)
+    widen(reference)
     _require_numbers(reference)
     dataset = open_dataset(sources, spec, reference)
     if dataset is None and spec.example_inputs is None:
@@ -90,8 +93,8 @@ def learn(sources: Sources, spec: JobSpec, observer: Observer, saved: Saved | No
             f'"example_inputs": {json.dumps(suggestion(find_layers(reference)))}',
         )
     observer.phase(Phase.INSPECTING)
-    examples = example_inputs(spec, dataset, device)
-    census = take_census(reference, tuple(x[:1] for x in examples))
+    examples = as_inputs(example_inputs(spec, dataset, device), reference)
+    census = as_stored(take_census(reference, tuple(x[:1] for x in examples)), stored_bits)
     context = _context(sources, spec, observer, device, census, dataset, reference, examples, saved)
     del saved  # the context lets go of it
     outcome = method_for(spec.method.type).run(context)
@@ -106,10 +109,17 @@ def open_dataset(sources: Sources, spec: JobSpec, reference: torch.jit.ScriptMod
     arrays = open_arrays(sources.data, sources.data_format, sources.work_dir / "arrays")
     names = [argument.name for argument in reference._c._get_method("forward").schema.arguments][1:]
     dataset = Dataset(arrays, spec.data, spec.seed, names)
-    floating = [parameter.dtype for parameter in reference.parameters() if parameter.is_floating_point()]
-    if floating and floating[0] == torch.float64:
-        dataset.dtype = torch.float64
+    dataset.dtype = floating_dtype(reference)
     return dataset
+
+
+def as_stored(census: Census, bits: Mapping[str, int]) -> Census:
+    """Give each layer the bits that its weight has in the file."""
+
+    def stored(layers: Sequence[Layer]) -> list[Layer]:
+        return [replace(layer, dtype_bits=bits.get(layer.weight or "", layer.dtype_bits)) for layer in layers]
+
+    return replace(census, layers=stored(census.layers), parameters=stored(census.parameters))
 
 
 def _context(
@@ -210,6 +220,7 @@ def _leave(sources: Sources, context: Context, outcome: Outcome, examples: Seque
         inputs: Sequence[Tensor] = context.dataset.rows("report", np.arange(count), cpu).inputs
     else:
         inputs = [x.to(cpu) for x in examples]
+    inputs = as_inputs(inputs, network)
     with torch.no_grad():
         outputs = call(network, inputs)
     compared = {f"input.{i}": x.cpu().contiguous() for i, x in enumerate(inputs)}

@@ -40,6 +40,7 @@ from worker.engine.learn import EXPECTED, FINAL_PLAN, Sources, open_dataset
 from worker.engine.network.costs import count_macs, count_params
 from worker.engine.network.load import load_model
 from worker.engine.objectives import make_objective
+from worker.engine.widening import as_inputs
 
 REPORT = "report.json"
 _METRICS_THAT_ARE_LOSSES = frozenset({"loss", "mse", "relative_output_error"})
@@ -88,7 +89,7 @@ def verify(
     device = choose_device(spec.device)
     pair = Pair(load_model(sources.model, device), _stock_load(artifact, device))
     dataset = open_dataset(sources, spec, pair.reference)
-    examples = example_inputs(spec, dataset, device)
+    examples = as_inputs(example_inputs(spec, dataset, device), pair.reference)
     sizes = [_sizes(path, examples, codes) for path, codes in ((sources.model, 0), (artifact, plan["codes"]))]
     budget = _budget(spec, plan, sizes[0], sizes[1])
     scored = _scores(spec, sources.objective, dataset, pair, device)

@@ -1,6 +1,6 @@
 """What every method works with: the network, the data, the objective, the budget, and who listens."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import monotonic
@@ -12,7 +12,7 @@ from torch import Tensor
 from service.contract.events import Progress
 from service.contract.plan import RankRow
 from service.contract.spec import JobSpec
-from worker.engine.assembly import Recipe
+from worker.engine.assembly import Recipe, assemble
 from worker.engine.course import Course
 from worker.engine.data import Dataset
 from worker.engine.layer_rules import Decisions
@@ -22,6 +22,7 @@ from worker.engine.observer import Observer, PulseKind, Saved
 from worker.engine.selection.steering import Network
 from worker.engine.teacher import Teacher
 from worker.engine.training import Trainer
+from worker.engine.widening import widen
 
 TOLD_SECONDS = 1.0  # progress within an epoch is told about this often
 
@@ -80,8 +81,17 @@ class Context:
         return self.spec.method.epochs_of_steps(self.spec.training.epochs_per_step)
 
     def copy(self) -> torch.jit.ScriptModule:
-        """Load a fresh copy of the reference on the device."""
-        return load_model(self.source, self.device)
+        """Load a fresh copy of the reference on the device, ready to be trained."""
+        return widen(load_model(self.source, self.device))
+
+    def assemble(
+        self,
+        recipe: Recipe,
+        thetas: Mapping[str, Sequence[Any]] | None = None,
+        trained: Mapping[str, Tensor] | None = None,
+    ) -> torch.jit.ScriptModule:
+        """Make the factored network on the device, ready to be trained; see `worker.engine.assembly.assemble`."""
+        return widen(assemble(self.source, recipe, self.device, thetas, trained))
 
     def trainer(self, module: torch.jit.ScriptModule) -> Trainer:
         """Make the training loop for a network of this job."""
