@@ -105,6 +105,29 @@ def test_names_say_operator_and_place_and_are_the_same_each_time() -> None:
     assert sum(value.shape == (12,) for value in first.values()) == 4
 
 
+class Twice(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.fc(x) * self.fc(y)
+
+
+def test_a_layer_that_is_called_twice_is_one_again() -> None:
+    file = frozen(Twice(), (torch.randn(2, 4), torch.randn(2, 4)), "scripted")
+    layers = take_census(load_model(file), (torch.randn(1, 4), torch.randn(1, 4))).layers
+    assert [(layer.name, layer.bias, layer.calls) for layer in layers] == [("linear_1", "linear_1.bias", 2)]
+
+
+def test_a_frozen_encoder_keeps_one_path() -> None:
+    torch.manual_seed(0)
+    file = frozen(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), (torch.randn(2, 4, 8),), "scripted")
+    layers = take_census(load_model(file), (torch.randn(1, 4, 8),)).layers
+    assert [layer.kind for layer in layers if layer.reason is None] == ["linear"] * 4
+    assert all(layer.reason is None or layer.kind == "norm" for layer in layers)
+
+
 def test_models_with_parameters_keep_their_small_constants() -> None:
     class Shifted(nn.Module):
         def __init__(self) -> None:

@@ -7,7 +7,7 @@ from torch import nn
 
 from worker.engine.network.graphs import Graph, Node, Value, method_names, open_graph, read_graph, self_value, walk
 from worker.engine.network.operator_sites import OPERATORS
-from worker.engine.network.plain_paths import FUSED_ATTENTION
+from worker.engine.network.plain_paths import FUSED_ATTENTION, simplify, take_plain_paths
 
 _RECURRENT = frozenset({"aten::lstm", "aten::gru", "aten::rnn_tanh", "aten::rnn_relu"})
 _CELLS = frozenset({"aten::lstm_cell", "aten::gru_cell", "aten::rnn_tanh_cell", "aten::rnn_relu_cell"})
@@ -50,6 +50,8 @@ def thaw(module: torch.jit.ScriptModule) -> bool:
     lifted = _Lifted(module)
     for method in methods:
         graph = open_graph(module, method)
+        if take_plain_paths(graph):  # otherwise a matrix may have one copy for each path
+            simplify(graph)
         apart = len(methods) == 1 and not any(node.kind() in FUSED_ATTENTION for node in walk(graph))
         for number, (node, roles) in enumerate(list(_frozen(graph)), start=1):
             lifted.lift(graph, node, _name(node, number), roles, apart=apart)
@@ -126,10 +128,12 @@ class _Lifted:
     def lift(self, graph: Graph, node: Node, name: str, roles: Mapping[str, int], *, apart: bool) -> None:
         """Let one operator read parameters instead of constants."""
         tensors = {role: tensor for role, at in roles.items() if (tensor := _constant(node.inputsAt(at))) is not None}
+        # An operator whose matrix is known is another call of the same layer: its vectors are that layer's too.
+        again = any(tensor.dim() > 1 and tensor.data_ptr() in self.by_address for tensor in tensors.values())
         new = {
             role: tensor
             for role, tensor in tensors.items()
-            if tensor.data_ptr() not in self.by_address or (apart and tensor.dim() == 1)
+            if tensor.data_ptr() not in self.by_address or (apart and not again and tensor.dim() == 1)
         }
         while self.module._c.hasattr(name):
             name += "_"
