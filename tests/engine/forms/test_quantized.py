@@ -125,6 +125,8 @@ def test_one_codebook_for_several_layers() -> None:
     one = make(Geometry("parameter", (together.numel(),), ()), values=4)
     alone = one.project(one.fit(torch.cat([w.reshape(-1) for w in weights]), whole(one)))
     assert torch.equal(alone, together)
+    tensors = [tensor for theta in thetas for tensor in theta.tensors().values()]
+    assert len({tensor.untyped_storage().data_ptr() for tensor in tensors}) == len(tensors)
     again = QuantizeTerm.fit_joint(terms, parts, [whole(term, Accuracy.WARM) for term in terms], thetas)
     assert all(torch.equal(a.codes, b.codes) for a, b in zip(again, thetas, strict=True))
     for term, theta, part in zip(terms, thetas, parts, strict=True):

@@ -187,8 +187,8 @@ class QuantizeTerm(Term):
         start = next((each for each in warm or [] if each.units == largest.size), None)
         made = largest._fit_rows(rows, asks[0], start)
         codes = torch.split(made.codes, sizes, dim=1)
-        return [
-            replace(made, codes=part.to(each.device), values=made.values.to(each.device))
+        return [  # copies: what checkpoints hold shares no memory
+            replace(made, codes=part.to(each.device, copy=True), values=made.values.to(each.device, copy=True))
             for part, each in zip(codes, residuals, strict=True)
         ]
 
