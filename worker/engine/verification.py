@@ -90,7 +90,11 @@ def verify(
     pair = Pair(load_model(sources.model, device), _stock_load(artifact, device))
     dataset = open_dataset(sources, spec, pair.reference)
     examples = as_inputs(example_inputs(spec, dataset, device), pair.reference)
-    sizes = [_sizes(path, examples, codes) for path, codes in ((sources.model, 0), (artifact, plan["codes"]))]
+    cpu = torch.device("cpu")
+    sizes = [
+        _sizes(load_model(sources.model, cpu), sources.model, examples, 0),  # a frozen file's weights are its constants
+        _sizes(_stock_load(artifact, cpu), artifact, examples, plan["codes"]),
+    ]
     budget = _budget(spec, plan, sizes[0], sizes[1])
     scored = _scores(spec, sources.objective, dataset, pair, device)
     latencies = [
@@ -210,9 +214,8 @@ def _compare(artifact: Path, expected: Mapping[str, Tensor]) -> tuple[float, int
     return max(differences, default=0.0), len(inputs[0]) if inputs else 0
 
 
-def _sizes(path: Path, examples: tuple[Tensor, ...], codes: int) -> dict[str, int]:
+def _sizes(module: torch.jit.ScriptModule, path: Path, examples: tuple[Tensor, ...], codes: int) -> dict[str, int]:
     """Numbers of a file (parameters, and `codes` packed in buffers), its bytes, and its multiply-adds on one sample."""
-    module = _stock_load(path, torch.device("cpu"))
     macs = count_macs(module, tuple(x[:1].cpu() for x in examples))
     return {"params": count_params(module) + codes, "macs": macs, "bytes": path.stat().st_size}
 

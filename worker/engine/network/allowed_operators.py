@@ -106,8 +106,8 @@ _SHAPE_AND_INDEX = """
     broadcast_tensors broadcast_to bucketize cartesian_prod cat chunk column_stack combinations concat concatenate
     diag diag_embed diagflat diagonal diagonal_scatter dsplit dstack expand expand_as fill fill_diagonal_ flatten
     flatten_dense_tensors flip fliplr flipud gather histc histogram histogramdd hsplit hstack index index_add
-    index_fill index_put index_reduce index_select isin kthvalue masked_fill masked_scatter masked_select meshgrid
-    moveaxis movedim msort narrow nonzero nonzero_numpy nonzero_static permute positive put ravel repeat
+    index_copy index_fill index_put index_reduce index_select isin kthvalue masked_fill masked_scatter masked_select
+    meshgrid moveaxis movedim msort narrow nonzero nonzero_numpy nonzero_static permute positive put ravel repeat
     repeat_interleave reshape reshape_as resolve_conj resolve_neg roll rot90 row_stack scatter scatter_add
     scatter_reduce searchsorted segment_reduce select select_scatter slice slice_scatter sort split split_with_sizes
     squeeze stack swapaxes swapdims take take_along_dim tensor_split tile topk transpose tril triu unbind unflatten
