@@ -10,8 +10,8 @@ from service.contract.training_spec import EarlyStop
 class Stability:
     """How long the ranks have not changed.
 
-    What further steps could still do is train W where a growing μ pins it to Θ; the factored network's own training,
-    which follows, moves the same factors freely.
+    Further steps train W where a growing μ pins it to Θ: slowly, while the factored network's own training, which
+    follows, moves the same factors freely.
 
     Parameters
     ----------
