@@ -213,6 +213,7 @@ CASES = {
 def save_case(case: Case, directory: Path, count: int = 160) -> tuple[Path, Path, Path]:
     """Write model, data and objective."""
     directory.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(0)
     model = save_model(directory / "model.pt", case.network())
     network = torch.jit.load(str(model)).eval()
     arrays: dict[str, np.ndarray] = {}
