@@ -1,5 +1,6 @@
 """What the loop tells of itself: errors, multipliers, rows, and the data that it may look at."""
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from tiny_jobs import Learned, Mlp, quick, run_learn, save_data, save_model
 
 from service.contract.events import EventKind
 from service.contract.plan import Form
+from worker.engine.selection.shrinking import falling_limit
 
 NAMES = ["fc1", "fc2", "head"]
 
@@ -66,12 +68,17 @@ def test_mu_and_lambda_follow_the_schedule(files: tuple[Path, Path], tmp_path: P
     steps = [data for kind, data in learned.recorder.events if kind == EventKind.STEP]
     assert [data["mu"] for data in steps] == pytest.approx([0.01 * 1.5**step for step in range(4)])
     assert [data["lambda"] for data in steps] == pytest.approx([30.0] * 4)
-    adapted = learn(files, tmp_path / "adapted", method={"mu": {"steps": 6}})
-    steps = [data for kind, data in adapted.recorder.events if kind == EventKind.STEP]
-    assert steps[0]["lambda"] == pytest.approx(steps[1]["lambda"])  # λ is adapted from a third of the steps on
-    limit = adapted.plan["limit"]
-    moved = steps[3]["lambda"] / steps[2]["lambda"]
-    assert moved == pytest.approx((steps[3]["cost"] / limit) ** 0.5, rel=1e-6)
+
+
+def test_the_budget_falls_to_its_end_and_no_step_is_above_it(files: tuple[Path, Path], tmp_path: Path) -> None:
+    learned = learn(files, tmp_path, method={"mu": {"steps": 10}})
+    costs = [data["cost"] for kind, data in learned.recorder.events if kind == EventKind.STEP]
+    limit, dense = learned.plan["limit"], sum(each.numel() for each in torch.jit.load(files[0]).parameters())
+    allowed = [falling_limit(limit, dense, (step + 1) / 10) for step in range(10)]
+    assert allowed[0] > allowed[4] > allowed[7] == allowed[9] == limit
+    assert all(cost <= most for cost, most in zip(costs, allowed, strict=True))
+    assert all(after <= before for before, after in pairwise(costs[3:-1])), "from there on units only go"
+    assert max(costs[:3]) > limit
 
 
 def test_the_distance_falls_as_mu_grows(files: tuple[Path, Path], tmp_path: Path) -> None:

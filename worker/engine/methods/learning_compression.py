@@ -2,9 +2,8 @@
 
 min L(W) + λ C(r) subject to W = Σ Θₜ with rank Rₜ(Θₜ) = rₜ, by penalty or augmented Lagrangian over μ₁ < μ₂ < …:
 an L step trains L(W) + (μ/2)‖W − Θ − β/μ‖², a C step projects W − β/μ onto the sums of low-rank matrices, and
-β ← β − μ(W − Θ). Under a budget λ starts where the reference's spectrum meets it, is adapted from a third of the
-steps on, and in the last fifth the ranks are held within the budget; then the ranks are fixed and the factored
-network is trained (methods L.7 has the measurements behind each of these).
+β ← β − μ(W − Θ). Under a budget λ first meets a wider one; then that falls to the budget, and the units go that the
+loss misses least. In the end the ranks are fixed and the factored network is trained.
 """
 
 from collections.abc import Sequence
@@ -23,9 +22,10 @@ from worker.engine.csteps.additive import Projection
 from worker.engine.forms.term import Accuracy
 from worker.engine.methods.context import Context, Outcome, ProgressMeter
 from worker.engine.methods.factored import Learned, finish
-from worker.engine.methods.learning_rate import loss_limit, range_test, step_rate
+from worker.engine.methods.learning_rate import loss_limit, mean_objective, probe_positions, range_test, step_rate
 from worker.engine.methods.loop import STAGE, Loop, LStep, restore_loop, save_loop, weights_of
 from worker.engine.rank_rows import changed, step_rows
+from worker.engine.selection.shrinking import FALLS_FROM, FALLS_TO, LossOf, falling_limit, shrink
 from worker.engine.selection.steering import (
     composed,
     fill,
@@ -38,8 +38,8 @@ from worker.engine.training import Penalty
 
 LEARNING_STREAM = 0x1C  # stream of the order of samples
 PULL_FIRST = 0.35  # μ₁ · rate · updates of an L step / (1 − momentum): that of the published LeNet300 runs
-ADAPT_FROM = 1 / 3  # of the steps: λ is adapted towards the budget
-HOLD_FROM = 4 / 5  # of the steps: ranks are held within the budget
+TRIALS_SHARE = 0.1  # of an L step's work: what finding the units to drop may take, between the bounds below
+TRIAL_SAMPLES = (512, 8192)
 RETRIES_MAX = 3  # an L step that diverges is repeated at half the rate
 DIRECT_MU = 1.0  # one C step without training; only λ/μ matters
 SENSIBLE_ENERGY = 0.5  # under a given λ, μ₁ is at least where half of the spectrum's energy is worth its price
@@ -75,7 +75,8 @@ class LearningCompression:
         context.observer.phase(Phase.LEARNING)
         module = context.copy()
         weights = weights_of(context, module)
-        made = _steered(context, weights, _pressure_given(context, DIRECT_MU), DIRECT_MU, Accuracy.EXACT)[1]
+        limit, pressure = context.limit, _pressure_given(context, DIRECT_MU)
+        made = _steered(context, weights, pressure, DIRECT_MU, Accuracy.EXACT, limit)[1]
         rows = step_rows(1, context.network.problems, _norms(weights), made)
         context.observer.ranks(rows)
         meter = ProgressMeter(context.observer, 1, 1)
@@ -91,7 +92,8 @@ def _begin(context: Context) -> Loop:
     weights = weights_of(context, module)
     mu_given = settings_of(context).mu.initial
     guess = 1.0 if mu_given == "auto" else mu_given
-    pressure, made = _steered(context, weights, _pressure_given(context, guess), guess, Accuracy.SINGLE)
+    wide = None if context.limit is None else falling_limit(context.limit, context.network.dense_size, 0.0)
+    pressure, made = _steered(context, weights, _pressure_given(context, guess), guess, Accuracy.SINGLE, wide)
     rate = context.spec.training.optimizer.lr
     if rate == "auto":
         rate = range_test(lambda: context.trainer(_projected_copy(context, made)))
@@ -196,9 +198,10 @@ def _epoch(context: Context, loop: Loop, course: Course, penalty: Penalty, meter
 
 
 def _c_step(context: Context, loop: Loop, targets: Sequence[Tensor], mu: float) -> tuple[list[Projection], float]:
-    """Project, and steer λ towards the budget (methods L.7); also returns the pressure of this projection.
+    """Project; under a budget λ is that which meets a wider one, and later units go as it falls (`shrinking`).
 
-    Where ranks are held within the budget the alternation runs until it stalls, whatever the spec's number of sweeps.
+    Also returns the pressure of this projection. Under a budget the alternation runs until it stalls, whatever the
+    spec's number of sweeps.
     """
     method, network = settings_of(context), context.network
 
@@ -209,26 +212,51 @@ def _c_step(context: Context, loop: Loop, targets: Sequence[Tensor], mu: float) 
     sweeps = method.c_step.sweeps if method.c_step.sweeps != "auto" else None
     share = (loop.step + 1) / method.mu.steps
     # The last step decides the ranks and factors that are emitted; a literal step is what the slides say.
-    exact = loop.step + 1 == method.mu.steps or sweeps is not None
-    accuracy = Accuracy.EXACT if exact else Accuracy.WARM
-    if context.limit is not None and share > HOLD_FROM:
-        start = max(loop.pressure, 1e-30)
-        loop.pressure, made = pressure_for(
-            network,
-            targets,
-            context.limit,
-            start=start,
-            warm=loop.thetas(),
-            after_layer=after_layer,
-            mu=mu,
-            accuracy=Accuracy.WARM,
-        )
-        return fill(network, targets, made, context.limit, mu=mu, accuracy=accuracy), loop.pressure
-    pressure = loop.pressure
-    made = project_all(network, targets, pressure, loop.thetas(), sweeps, after_layer, mu=mu, accuracy=accuracy)
-    if context.limit is not None and share > ADAPT_FROM:
-        loop.pressure *= (network.size(made) / context.limit) ** 0.5
-    return made, pressure
+    last = loop.step + 1 == method.mu.steps
+    accuracy = Accuracy.EXACT if last or sweeps is not None else Accuracy.WARM
+    pressure, thetas = loop.pressure, loop.thetas()
+    if context.limit is None:
+        made = project_all(network, targets, pressure, thetas, sweeps, after_layer, mu=mu, accuracy=accuracy)
+        return made, pressure
+    limit = falling_limit(context.limit, network.dense_size, share)
+    if share > FALLS_FROM:
+        loss_of = _trial_loss(context, loop)
+        made = shrink(network, targets, loop.projections, limit, loss_of, mu=mu, accuracy=accuracy)
+        if network.size(made) <= limit:
+            return fill(network, targets, made, limit, mu=mu, accuracy=accuracy) if last else made, pressure
+    loop.pressure, made = pressure_for(
+        network,
+        targets,
+        limit,
+        start=max(pressure, 1e-30),
+        warm=thetas,
+        after_layer=after_layer,
+        mu=mu,
+        accuracy=Accuracy.WARM,
+    )
+    return fill(network, targets, made, limit, mu=mu, accuracy=accuracy), loop.pressure
+
+
+def _trial_loss(context: Context, loop: Loop) -> LossOf:
+    """Objective of the network with given weights on some training samples; W is given back."""
+    trainer = context.trainer(loop.module)
+    trials = sum(len(problem.choices) for problem in context.network.problems) + 1
+    work = 3 * trainer.dataset.size("train") * context.spec.training.epochs_per_step  # in forward passes of a sample
+    low, high = TRIAL_SAMPLES
+    positions = probe_positions(trainer, min(max(int(TRIALS_SHARE * work / trials), low), high), (loop.step,))
+
+    def loss_of(weights: Sequence[Tensor | None]) -> float:
+        kept = [weight.detach().clone() for weight in loop.weights]
+        with torch.no_grad():
+            for weight, tried in zip(loop.weights, weights, strict=True):
+                if tried is not None:
+                    weight.copy_(tried)
+            loss = mean_objective(trainer, positions)
+            for weight, before in zip(loop.weights, kept, strict=True):
+                weight.copy_(before)
+        return loss
+
+    return loss_of
 
 
 def _update_multipliers(context: Context, loop: Loop, mu: float) -> float:
@@ -250,11 +278,11 @@ def _update_multipliers(context: Context, loop: Loop, mu: float) -> float:
 def _settled(context: Context, loop: Loop, distance: float, size: int) -> bool:
     """Count the step, and say whether the loop may end before its last one; see `Stability`.
 
-    Under a budget steps count from where ranks are held within it: until then λ is still adapted.
+    Under a budget steps count from where it has fallen to its end.
     """
     if context.limit is not None:
         share = (loop.step + 1) / settings_of(context).mu.steps
-        if share <= HOLD_FROM or size > context.limit:
+        if share <= FALLS_TO or size > context.limit:
             return False
     units = [theta.units for made in loop.projections for theta in made.factors]
     loop.stability.count([*units, *(int(made.dense) for made in loop.projections)])
@@ -276,14 +304,19 @@ def _penalty(context: Context, loop: Loop, mu: float) -> Penalty:
 
 
 def _steered(
-    context: Context, weights: Sequence[Tensor], pressure: float | None, mu: float, accuracy: Accuracy
+    context: Context,
+    weights: Sequence[Tensor],
+    pressure: float | None,
+    mu: float,
+    accuracy: Accuracy,
+    limit: int | None,
 ) -> tuple[float, list[Projection]]:
-    """Ranks on a spectrum: within the budget where there is one, else at the given pressure."""
-    if context.limit is None:
+    """Ranks on a spectrum: within a limit where there is one, else at the given pressure."""
+    if limit is None:
         given = pressure if pressure is not None else 0.0
         return given, project_all(context.network, weights, given, None, None, mu=mu, accuracy=accuracy)
-    found, made = pressure_for(context.network, weights, context.limit, mu=mu, accuracy=Accuracy.SINGLE)
-    return found, fill(context.network, weights, made, context.limit, mu=mu, accuracy=accuracy)
+    found, made = pressure_for(context.network, weights, limit, mu=mu, accuracy=Accuracy.SINGLE)
+    return found, fill(context.network, weights, made, limit, mu=mu, accuracy=accuracy)
 
 
 def _mu_first(context: Context, weights: Sequence[Tensor], rate: float) -> float:

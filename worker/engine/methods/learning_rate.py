@@ -1,6 +1,6 @@
 """The learning rate by a short range test on a copy, and its limits in the L step."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from math import cos, inf, isfinite, pi
 
 import numpy as np
@@ -15,6 +15,7 @@ from service.contract.training_spec import (
     Schedule,
     StepSchedule,
 )
+from worker.engine.data import epoch_order
 from worker.engine.forward import call_nested, map_tensors
 from worker.engine.training import Trainer
 
@@ -24,6 +25,7 @@ RANGE_TEST_UPDATES = 20
 EXPLODED_RATIO = 10.0
 RANGE_TEST_STAGE = 0x1A  # a stream of its own for the order of samples
 PROBE_SAMPLES = 1024
+PROBE_STREAM = 0x9B
 DECAY_OVER_RUN = 0.95**25  # methods L.7: 0.95 per step over 25 steps
 
 
@@ -126,8 +128,9 @@ def loss_limit(trainer: Trainer) -> float:
     user's own may like zeros better than any answer, so the limit is at least ten times the loss at the start; where it
     cannot be computed of zeros there is no limit.
     """
+    positions = probe_positions(trainer)
     try:
-        limit = EXPLODED_RATIO * max(_mean_objective(trainer, zeros=True), _mean_objective(trainer))
+        limit = EXPLODED_RATIO * max(mean_objective(trainer, positions, zeros=True), mean_objective(trainer, positions))
     except ProblemError as error:
         if error.code != ErrorCode.OBJECTIVE_RAISED:
             raise
@@ -136,13 +139,19 @@ def loss_limit(trainer: Trainer) -> float:
 
 
 def _probe(trainer: Trainer) -> float:
-    """Objective on the first training samples, in evaluation mode."""
-    mean = _mean_objective(trainer)
+    """Objective on a few training samples, in evaluation mode."""
+    mean = mean_objective(trainer, probe_positions(trainer))
     return mean if np.isfinite(mean) else inf
 
 
-def _mean_objective(trainer: Trainer, *, zeros: bool = False) -> float:
-    positions = np.arange(min(PROBE_SAMPLES, trainer.dataset.size("train")))
+def probe_positions(trainer: Trainer, samples: int = PROBE_SAMPLES, stream: Sequence[int] = ()) -> np.ndarray:
+    """Training samples to measure on, the same for the same stream; not the first ones, as files may be in order."""
+    size = trainer.dataset.size("train")
+    return np.sort(epoch_order(size, trainer.seed, PROBE_STREAM, *stream)[: min(samples, size)])
+
+
+def mean_objective(trainer: Trainer, positions: np.ndarray, *, zeros: bool = False) -> float:
+    """Mean of the objective over some training samples, in evaluation mode; with `zeros`, of a network of zeros."""
     trainer.module.eval()
     total = 0.0
     with torch.no_grad():

@@ -300,18 +300,18 @@ def at_ranks(
         problem, projection = network.problems[index], projections[index]
         if projection.dense or problem.joint:
             return projection
-        return _at_units(problem, weights[index], projection, ranks[index], mu, accuracy)
+        return at_units(problem, weights[index], projection, ranks[index], mu, accuracy)
 
     return _every_layer(one, weights)
 
 
-def _at_units(
+def at_units(
     problem: LayerProblem,
     weight: Tensor,
     projection: Projection,
     wanted: Sequence[int],
     mu: float,
-    accuracy: Accuracy,
+    accuracy: Accuracy = Accuracy.EXACT,
 ) -> Projection:
     """Fit a layer's graded and fixed terms at given units; a Θ that was chosen in another way stays as it is."""
     thetas = list(projection.factors)
