@@ -73,7 +73,7 @@ SUMS: dict[str, Sum] = {
     "codebook_unpacked_at_each_call": Sum(
         "lenet5", [_rule(quantize(values=16, unpack="call"))], forms=QUANTIZED, file_fraction=0.3
     ),
-    "binary": Sum("lenet300", [_rule(quantize("binary"))], forms=QUANTIZED, file_fraction=0.1),
+    "binary": Sum("vgg16", [_rule(quantize("binary"), kind="conv2d")], forms=QUANTIZED, file_fraction=0.5),
     "scaled_binary": Sum("lenet5", [_rule(quantize("scaled_binary"))], forms=QUANTIZED, file_fraction=0.1),
     "ternary": Sum("resnet20", [_rule(quantize("ternary"))], forms=QUANTIZED, file_fraction=0.4),
     "fixed_point": Sum("conv1d", [_rule(quantize("fixed_point", bits=4))], forms=QUANTIZED, file_fraction=0.6),
