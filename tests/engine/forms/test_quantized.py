@@ -86,7 +86,7 @@ def test_degenerate_weights_give_numbers(spec: dict[str, Any], weight: Tensor) -
         assert float((made - weight).norm()) <= float(weight.norm()) or term.scheme == "binary"
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(st.sampled_from(SCHEMES), st.booleans(), st.integers(0, 100))
 def test_idempotent_and_deterministic(spec: dict[str, Any], per_channel: bool, seed: int) -> None:
     weight = torch.randn(6, 10, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
@@ -94,7 +94,8 @@ def test_idempotent_and_deterministic(spec: dict[str, Any], per_channel: bool, s
     theta = term.fit(weight, whole(term))
     dense = term.project(theta)
     assert torch.equal(dense, term.project(term.fit(weight, whole(term))))
-    assert torch.allclose(term.project(term.fit(dense, whole(term))), dense, atol=1e-9)
+    start = theta if term.scheme == "fixed_point" else None  # its scale is a local optimum: the one that it starts from
+    assert torch.allclose(term.project(term.fit(dense, whole(term), start)), dense, atol=1e-9)
     warm = term.project(term.fit(weight, whole(term, Accuracy.WARM), theta))
     assert float((warm - weight).norm()) <= float((dense - weight).norm()) + 1e-12
 

@@ -5,11 +5,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-ALTERNATIONS_MAX = 30
+ALTERNATIONS_MAX = 10
+STALL_RELATIVE = 1e-7  # of ‖w‖² explained
 STARTS = tuple(0.93**step for step in range(32))  # parts of max|w| that the outermost level is placed at
 FINER = tuple(0.92 + 0.01 * step for step in range(17))  # of the best of these, once more
 BINS_PER_LEVEL = 32  # of the histogram that the search of a scale is made on
-BINS_MAX = 16384
+BINS_MIN, BINS_MAX, BINS_TOTAL = 512, 16384, 2**20
+FINAL_ALTERNATIONS = 4  # on the weights themselves
 POWERS_MAX = 120  # exponents of a grid of powers of two; more are below the resolution of float32
 _BUCKETS = 160  # exponents under the highest that are told apart
 _CLIPPED_MAX = 24  # how far under the highest exponent the grid's end is tried
@@ -43,7 +45,7 @@ def fit_ternary(rows: Tensor) -> Grid:
     return scale, _codes(_rounded(rows, scale, 1), 1)
 
 
-def fit_fixed_point(rows: Tensor, bits: int, warm: Tensor | None = None) -> Grid:
+def fit_fixed_point(rows: Tensor, bits: int, warm: Tensor | None = None, *, in_loop: bool = False) -> Grid:
     """Find a·{−q, …, q}, q = 2ᵇ⁻¹ − 1: levels and scale in turn from several starts.
 
     One bit is {−a, a} and two are {−a, 0, a}, which are exact; more are the best of the local optima found.
@@ -55,7 +57,9 @@ def fit_fixed_point(rows: Tensor, bits: int, warm: Tensor | None = None) -> Grid
     bits : int
         b.
     warm : Tensor, optional
-        ``(g, 1)``, one more start.
+        ``(g, 1)``, one more start; the result is never worse than what it leads to.
+    in_loop : bool
+        With `warm`: search from it alone.
 
     Returns
     -------
@@ -68,13 +72,13 @@ def fit_fixed_point(rows: Tensor, bits: int, warm: Tensor | None = None) -> Grid
         return fit_scaled_binary(rows) if bits == 1 else fit_ternary(rows)
     highest = 2 ** (bits - 1) - 1
     work = rows.to(torch.float64)
-    top = work.abs().amax(dim=1, keepdim=True)
-    magnitudes, counts = _histogram(work.abs(), top, min(BINS_PER_LEVEL * highest, BINS_MAX))
-    best = _best_of(magnitudes, counts, [top * part / highest for part in STARTS], highest)
-    best = _best_of(magnitudes, counts, [best, *(best * part for part in FINER)], highest)
-    finals = [best] if warm is None else [best, warm.to(work)]
-    made = [_alternate(work, None, scale, highest, 4) for scale in finals]
-    scale = made[0][0] if warm is None else torch.where(made[1][1] < made[0][1], made[1][0], made[0][0])
+    finals = [] if warm is None else [warm.to(work)]
+    if warm is None or not in_loop:
+        finals.append(_search(work.abs(), highest))
+    scale, error = _alternate(work, None, finals[0], highest, FINAL_ALTERNATIONS)
+    for start in finals[1:]:
+        other, other_error = _alternate(work, None, start, highest, FINAL_ALTERNATIONS)
+        scale = torch.where(other_error < error, other, scale)
     return scale, _codes(_rounded(work, scale, highest), highest)
 
 
@@ -132,17 +136,27 @@ def power_levels(bits: int) -> Tensor:
 
 def _alternate(rows: Tensor, counts: Tensor | None, scale: Tensor, highest: int, times: int) -> Grid:
     """Levels by rounding, then the scale by least squares; returns it with the error less ‖w‖²."""
-    error = torch.full_like(scale, torch.inf)
+    error = torch.full_like(scale, torch.finfo(scale.dtype).max)
     for _ in range(times):
         levels = _rounded(rows, scale, highest)
         weighted = levels if counts is None else levels * counts
         both, own = (weighted * rows).sum(dim=1, keepdim=True), (weighted * levels).sum(dim=1, keepdim=True)
         found = both / own.clamp(min=1e-300)
         gain = -both * found
-        if not bool((gain < error).any()):
-            break
+        stalled = not bool((gain < error - STALL_RELATIVE * error.abs()).any())
         scale, error = torch.where(gain < error, found, scale), torch.minimum(gain, error)
+        if stalled:
+            break
     return scale, error
+
+
+def _search(magnitudes: Tensor, highest: int) -> Tensor:
+    """Scale from several starts, on a histogram where there are many weights."""
+    top = magnitudes.amax(dim=1, keepdim=True)
+    bins = min(BINS_PER_LEVEL * highest, BINS_MAX, max(BINS_TOTAL // len(magnitudes), BINS_MIN))
+    values, counts = _histogram(magnitudes, top, bins)
+    best = _best_of(values, counts, [top * part / highest for part in STARTS], highest)
+    return _best_of(values, counts, [best, *(best * part for part in FINER)], highest)
 
 
 def _best_of(rows: Tensor, counts: Tensor | None, starts: Sequence[Tensor], highest: int) -> Tensor:

@@ -277,8 +277,9 @@ class QuantizeTerm(Term):
     def _fit_rows(self, rows: Tensor, ask: Ask, warm: Codes | None) -> Codes:
         fits = warm is not None and warm.units > 0 and warm.values.shape == (self.groups, self._stored)
         started = warm.values if warm is not None and fits else None
+        in_loop = ask.accuracy is not Accuracy.EXACT
         if self.scheme == "codebook":
-            made = fit_codebook(rows, self.size, started, in_loop=ask.accuracy is not Accuracy.EXACT)
+            made = fit_codebook(rows, self.size, started, in_loop=in_loop)
             return Codes(made.values, made.codes, self.size)
         if self.scheme == "binary":
             ones = torch.ones(self.groups, 1, dtype=torch.float64, device=rows.device)
@@ -288,7 +289,7 @@ class QuantizeTerm(Term):
         elif self.scheme == "ternary":
             scales, codes = fit_ternary(rows)
         elif self.scheme == "fixed_point":
-            scales, codes = fit_fixed_point(rows, self.bits, started)
+            scales, codes = fit_fixed_point(rows, self.bits, started, in_loop=in_loop)
         else:
             scales, codes = fit_power_of_two(rows, self.bits)
         return Codes(scales, codes, self.size)
