@@ -6,6 +6,7 @@ from network_corpus import CASES, Halves, build, saved
 from torch import Tensor, nn
 
 from worker.engine.network.export import export_bytes
+from worker.engine.network.layers import find_layers
 from worker.engine.network.load import load_model, reload
 from worker.engine.network.replace import Replacement, replace_layers
 
@@ -111,3 +112,20 @@ def test_a_parameter_that_nothing_reads_is_no_place_for_a_weight() -> None:
     module = load_model(build("many_kinds", "scripted"))
     with pytest.raises(KeyError, match=r"no method reads .*unused"):
         replace_layers(module, {"unused.weight": Replacement(weight=Halves(torch.zeros(3, 3)))})
+
+
+def test_a_weight_goes_where_another_layer_of_its_class_keeps_its_own() -> None:
+    file = saved(torch.jit.script(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))))
+    exported = torch.jit.load(io.BytesIO(export_bytes(composed(file, "0.weight"))))
+    sizes = {name: value.numel() for name, value in exported.named_parameters()}
+    assert sizes.pop("0.weight", 0) == 0
+    assert sizes == {
+        "0.bias": 64,
+        "1.weight": 4096,
+        "1.bias": 64,
+        "0__weight.left": 4096,
+        "0__weight.right": 4096,
+    }
+    x = torch.randn(2, 64)
+    torch.testing.assert_close(exported(x), load_model(file)(x))
+    assert sum(layer.params for layer in find_layers(exported)) == sum(sizes.values())

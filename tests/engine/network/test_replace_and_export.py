@@ -160,6 +160,52 @@ def test_a_model_that_cannot_be_frozen_is_emptied_instead(monkeypatch: pytest.Mo
     assert len(content) < size
 
 
+class Forked(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.later = nn.Linear(4, 4)
+        self.now = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        future = torch.jit.fork(self.later, x)
+        return self.now(x) + torch.jit.wait(future)
+
+
+@torch.jit.interface
+class Step(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        pass
+
+
+class Later(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, self.weight, self.bias)
+
+
+class ThroughInterface(nn.Module):
+    later: Step
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.later = Later(4, 4)
+        self.now = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.now(x) + self.later.forward(x)
+
+
+@pytest.mark.parametrize("model", [Forked(), ThroughInterface()], ids=["fork", "interface"])
+def test_layers_that_are_handed_on_keep_a_reason_and_their_weights(model: nn.Module) -> None:
+    file = saved(torch.jit.script(model))
+    module = load_model(file)
+    layers = take_census(module, (torch.randn(1, 4),)).layers
+    assert {layer.weight: layer.reason is None for layer in layers} == {"now.weight": True, "later.weight": False}
+    replace_layers(module, {layer.name: factor_pair(layer, module.state_dict()) for layer in layers[:1]})
+    exported = torch.jit.load(io.BytesIO(export_bytes(module)))
+    assert_same(load_model(file), exported, (torch.randn(3, 4),))
+    assert sum(value.numel() for value in exported.parameters()) == 20 + 16 + 20
+
+
 def test_a_sequential_at_the_root_has_numbers_for_names() -> None:
     torch.manual_seed(0)
     file = saved(torch.jit.script(nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6), nn.BatchNorm1d(6))))

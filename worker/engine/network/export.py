@@ -10,6 +10,7 @@ import torch
 from worker.engine.network.graphs import attribute, attribute_chain, method_names, read_graph, self_value, walk
 from worker.engine.network.load import reload
 from worker.engine.network.parameters import all_parameters
+from worker.engine.network.sites import MethodSites, scan_methods
 
 _CLASS = re.compile(r"^class (\w+)\(Module\):$")
 _ATTRIBUTE = re.compile(r'^  (?:(\w+) : |__annotations__\["([^"]+)"\] = )(.+)$')
@@ -21,8 +22,9 @@ def export_bytes(module: torch.jit.ScriptModule) -> bytes:
     Every method and every attribute of the root stays, with its name; parameters stay trainable, buffers go on being
     updated, and train and eval mode behave as before, because the module is frozen in train mode, which keeps every
     `training` flag a question asked at run time. Where torch cannot freeze a model (it picks a module by a computed
-    index, or attributes overlap), its structure is kept whole and the unused parameters are emptied instead, so that
-    their names stay with zero elements.
+    index, or attributes overlap), or would lose what it uses (in a `fork`), its structure is kept whole and the unused
+    parameters are emptied instead, so that their names stay with zero elements. So is a weight beside a bias that
+    stays, where another layer of the same class keeps its weight: torch drops attributes by class.
 
     The same input gives the same bytes in a fresh process with the same `PYTHONHASHSEED`; within one process type names
     are numbered on, so two exports can differ.
@@ -40,14 +42,23 @@ def export_bytes(module: torch.jit.ScriptModule) -> bytes:
     copy = reload(module, "cpu")
     flags = {name: getattr(submodule, "training", False) for name, submodule in copy.named_modules()}
     try:
-        exported = _freeze(copy.train())
+        exported = reload(module, "cpu") if _hands_on(copy) else _freeze(copy.train())
     except RuntimeError:
         exported = reload(module, "cpu")
-        _empty_unused_parameters(exported)
+    _empty_unused_parameters(exported)
     for name, submodule in exported.named_modules():
         if submodule._c.hasattr("training"):
             submodule.training = flags[name]
     return _saved(exported)
+
+
+def _hands_on(module: torch.jit.ScriptModule) -> bool:
+    """Tell whether a method hands submodules on whole."""
+    return any(method.opaque for method in _scanned(module).values())
+
+
+def _scanned(module: torch.jit.ScriptModule) -> dict[str, MethodSites]:
+    return scan_methods(module, {name: read_graph(module, name) for name in method_names(module)})
 
 
 def _saved(module: torch.jit.ScriptModule) -> bytes:
@@ -130,7 +141,14 @@ def _used_chains(module: torch.jit.ScriptModule) -> set[str]:
 
 
 def _empty_unused_parameters(module: torch.jit.ScriptModule) -> None:
+    """Empty what no method reaches, by its own name or by another, in a list or in a submodule that is handed on."""
+    parameters = all_parameters(module)
     used = _used_chains(module)
-    for name, tensor in all_parameters(module).items():
-        if name not in used:
+    held = [value for chain in used if isinstance(value := attribute(module, chain), list)]
+    used.update(name for values in held for name in _members(values, parameters))
+    methods = _scanned(module).values()
+    used.update(name for name in parameters if any(method.hides(name) for method in methods))
+    kept = {parameters[name].data_ptr() for name in used if name in parameters}
+    for name, tensor in parameters.items():
+        if name not in used and tensor.data_ptr() not in kept:
             tensor.data = tensor.data.new_empty(0)

@@ -74,7 +74,7 @@ def replace_layers(module: torch.jit.ScriptModule, replacements: Mapping[str, nn
             attribute, scripted = _register(module, f"{name}__factors", each.branch)
             put_branch(module, methods, layer, attribute, scripted, added=each.weight is not None)
         if each.weight is not None:
-            attribute, scripted = _register(module, f"{name}__weight", each.weight)
+            attribute, scripted = _register(module, f"{name.removesuffix('.weight')}__weight", each.weight)
             compose_parameter(module, graphs, set(Parameters(module).names(weights[name])), attribute, scripted)
     for graph in graphs.values():
         torch._C._jit_pass_dce(graph)

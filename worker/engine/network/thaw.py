@@ -128,22 +128,28 @@ class _Lifted:
     def lift(self, graph: Graph, node: Node, name: str, roles: Mapping[str, int], *, apart: bool) -> None:
         """Let one operator read parameters instead of constants."""
         tensors = {role: tensor for role, at in roles.items() if (tensor := _constant(node.inputsAt(at))) is not None}
+        known = {role: self.by_address[x.data_ptr()] for role, x in tensors.items() if x.data_ptr() in self.by_address}
         # An operator whose matrix is known is another call of the same layer: its vectors are that layer's too.
-        again = any(tensor.dim() > 1 and tensor.data_ptr() in self.by_address for tensor in tensors.values())
-        new = {
-            role: tensor
-            for role, tensor in tensors.items()
-            if tensor.data_ptr() not in self.by_address or (apart and not again and tensor.dim() == 1)
-        }
+        layer = next((known[role][0] for role, x in tensors.items() if x.dim() > 1 and role in known), None)
+        for role, tensor in tensors.items():
+            if tensor.dim() == 1 and layer is not None and self._holds(layer, role, tensor):
+                known[role] = (layer, role)
+            elif tensor.dim() == 1 and apart:
+                known.pop(role, None)
+        new = {role: tensor for role, tensor in tensors.items() if role not in known}
         while self.module._c.hasattr(name):
             name += "_"
         if new:
             held = torch.jit.script(_Held(new))
             self.module._c._register_attribute(name, held._c._type(), held._c)
         for role, tensor in tensors.items():
-            place = self.by_address.get(tensor.data_ptr(), (name, role)) if role not in new else (name, role)
+            place = known.get(role, (name, role))
             self.by_address.setdefault(tensor.data_ptr(), place)
             node.replaceInput(roles[role], self._read(graph, node, *place))
+
+    def _holds(self, layer: str, role: str, tensor: torch.Tensor) -> bool:
+        holder = self.module._c.getattr(layer)
+        return bool(holder.hasattr(role)) and torch.equal(holder.getattr(role), tensor)
 
     def everywhere(self, graph: Graph) -> None:
         """Let all other readers of a lifted matrix read the parameter too."""
