@@ -36,7 +36,7 @@ test-networks: $(INSTALLED)  ## compress every network of the corpus and use wha
 	$(ONE_THREAD) $(BIN)/python -m pytest tests/engine/networks -m 'networks or not full' -n $(TEST_WORKERS) --dist worksteal
 
 bench: $(INSTALLED)  ## measure speed against its limits (minutes; wants an idle machine)
-	status=0; for name in lstep upload overhead api queue checkpoint idle; do $(BIN)/python -m benchmarks.$$name || status=1; done; exit $$status
+	status=0; for name in lstep cstep upload overhead api queue checkpoint idle; do $(BIN)/python -m benchmarks.$$name || status=1; done; exit $$status
 
 check: $(INSTALLED)  ## lint, format, types, import rules, generated docs
 	$(BIN)/ruff check .

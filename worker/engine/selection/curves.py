@@ -7,6 +7,7 @@ from math import exp, log
 import torch
 from torch import Tensor
 
+from worker.engine.csteps.parallel import map_layers
 from worker.engine.forms.term import Counts, Term
 from worker.engine.layer_problem import LayerProblem, sum_size
 
@@ -83,8 +84,10 @@ class Curve:
 
 
 def curves_of(problems: Sequence[LayerProblem], weights: Sequence[Tensor]) -> list[Curve]:
-    """Compute the energies of every layer."""
-    return [Curve.of(problem, weight) for problem, weight in zip(problems, weights, strict=True)]
+    """Compute the energies of every layer; on the CPU layers are computed side by side."""
+    workers = 1 if any(weight.is_cuda for weight in weights) else None
+    sizes = [weight.numel() for weight in weights]
+    return map_layers(lambda i: Curve.of(problems[i], weights[i]), range(len(weights)), workers=workers, sizes=sizes)
 
 
 def estimate_pressure(curves: Sequence[Curve], rest: int, limit: int) -> float:
