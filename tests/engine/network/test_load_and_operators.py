@@ -273,6 +273,87 @@ def test_a_device_that_cannot_be_rewritten_is_refused_with_its_line() -> None:
     assert caught.value.code is ErrorCode.MODEL_UNSUPPORTED
 
 
+class KeepsDevice(nn.Module):
+    """A device as an attribute of a submodule, in a branch, in a loop and in a second method."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(3, 3)
+        self.device = torch.device("cuda:1")
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(2):
+            if x.size(0) > 1:
+                x = x + torch.zeros(3, device=self.device)
+        return self.inner(x)
+
+    @torch.jit.export
+    def noise(self, n: int) -> Tensor:
+        return torch.ones(n, device=torch.device("cuda"))
+
+
+class ComputesDevice(nn.Module):
+    def forward(self, x: Tensor, index: int = 0) -> Tensor:
+        return x.to(torch.device("cuda:" + str(index)))
+
+
+def test_devices_in_attributes_and_other_methods_follow_the_model() -> None:
+    model = nn.Sequential(KeepsDevice())
+    x = torch.randn(2, 3)
+    loaded = load_model(saved(torch.jit.script(model)))
+    torch.testing.assert_close(loaded(x), model[0].inner(x))
+    whole = load_model(saved(torch.jit.script(KeepsDevice())))
+    assert whole.noise(2).device == torch.device("cpu")
+
+
+def test_a_trace_s_constants_are_moved_like_a_model_s_that_was_saved_on_cuda() -> None:
+    class Makes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lstm = nn.LSTM(3, 4, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.lstm(x)[0] + torch.zeros(4)
+
+    torch.manual_seed(0)
+    x = torch.randn(2, 5, 3)
+    model = Makes().eval()
+    traced = torch.jit.trace(model, (x,), check_trace=False)
+    module = torch.jit.load(io.BytesIO(saved(traced)))
+    graph = module._c._get_method("forward").graph
+    torch._C._jit_pass_inline(graph)
+    for node in graph.findAllNodes("prim::Constant"):
+        if isinstance(node.output().toIValue(), torch.device):
+            graph.setInsertPoint(node)
+            node.output().replaceAllUsesWith(graph.insertConstant(torch.device("cuda:0")))
+    file = saved(module)
+    with zipfile.ZipFile(io.BytesIO(file)) as opened:
+        assert any(b"cuda:0" in opened.read(name) for name in opened.namelist())
+    torch.testing.assert_close(load_model(file)(x), model(x))
+
+
+def test_a_device_that_is_computed_is_refused_with_its_line() -> None:
+    with pytest.raises(ProblemError, match=r"aten::device in forward \(.*str\(index\)") as caught:
+        load_model(saved(torch.jit.script(ComputesDevice())))
+    assert caught.value.code is ErrorCode.MODEL_UNSUPPORTED
+
+
+def test_parameters_that_share_a_block_of_memory_get_their_own() -> None:
+    lstm = nn.LSTM(3, 4)
+    block = torch.cat([value.detach().reshape(-1) for value in lstm.parameters()])
+    start = 0
+    for value in lstm.parameters():
+        value.data = block[start : start + value.numel()].view_as(value)
+        start += value.numel()
+    model = nn.Sequential(lstm)
+    loaded = load_model(saved(torch.jit.script(model)))
+    for name, value in loaded.named_parameters():
+        assert value.untyped_storage().nbytes() == 4 * value.numel()
+        assert torch.equal(value, model.get_parameter(name))
+    loaded(torch.randn(2, 1, 3))[0].sum().backward()
+    assert all(value.grad is not None for value in loaded.parameters())
+
+
 def test_a_model_without_forward_is_refused() -> None:
     class OnlyEncode(nn.Module):
         @torch.jit.export
