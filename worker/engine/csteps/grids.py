@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from worker.engine.csteps.sparse import falling
+
 ALTERNATIONS_MAX = 10
 STALL_RELATIVE = 1e-7  # of ‖w‖² explained
 STARTS = tuple(0.93**step for step in range(32))  # parts of max|w| that the outermost level is placed at
@@ -37,8 +39,7 @@ def fit_scaled_binary(rows: Tensor) -> Grid:
 
 def fit_ternary(rows: Tensor) -> Grid:
     """Find {−a, 0, a}: a is the mean of the j largest |w|, j maximising (their sum)²/j. Exact."""
-    falling = rows.abs().to(torch.float64).sort(dim=1, descending=True).values
-    sums = falling.cumsum(dim=1)
+    sums = falling(rows.abs().to(torch.float64)).cumsum(dim=1)
     numbers = torch.arange(1, rows.shape[1] + 1, device=rows.device, dtype=torch.float64)
     kept = (sums.square() / numbers).argmax(dim=1, keepdim=True)
     scale = sums.gather(1, kept) / (kept + 1)

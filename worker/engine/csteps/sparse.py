@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -35,6 +36,13 @@ def largest(energies: Tensor, number: int) -> Tensor:
     return above.nonzero().reshape(-1)
 
 
+def falling(values: Tensor) -> Tensor:
+    """Sort the last axis, largest first; on a CPU without the permutation, which takes most of torch's time."""
+    if values.is_cuda:
+        return values.sort(dim=-1, descending=True).values
+    return torch.from_numpy(np.sort(values.detach().contiguous().numpy(), axis=-1)).flip(-1)
+
+
 def ball_threshold(norms: Tensor, radius: float) -> float:
     """Find the shrinkage of the Euclidean projection onto the ℓ₁ ball; 0 inside it.
 
@@ -53,10 +61,10 @@ def ball_threshold(norms: Tensor, radius: float) -> float:
         return 0.0
     if radius <= 0:
         return float(work.max())
-    falling = work.sort(descending=True).values
-    numbers = torch.arange(1, falling.numel() + 1, device=falling.device, dtype=torch.float64)
-    shrinkages = (falling.cumsum(0) - radius) / numbers
-    passing = (falling > shrinkages).nonzero()  # none where a tiny radius is lost in rounding: the first passes
+    ordered = falling(work)
+    numbers = torch.arange(1, ordered.numel() + 1, device=ordered.device, dtype=torch.float64)
+    shrinkages = (ordered.cumsum(0) - radius) / numbers
+    passing = (ordered > shrinkages).nonzero()  # none where a tiny radius is lost in rounding: the first passes
     return float(shrinkages[int(passing[-1]) if len(passing) else 0])
 
 

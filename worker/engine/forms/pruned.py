@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from service.contract.plan import Form, ReasonCode
 from service.contract.terms import PruneTermSpec
-from worker.engine.csteps.sparse import ball_threshold, largest, number_above
+from worker.engine.csteps.sparse import ball_threshold, falling, largest, number_above
 from worker.engine.forms.geometry import CONVOLUTIONS, TRANSPOSED, Geometry
 from worker.engine.forms.outputs import input_axis, output_axis
 from worker.engine.forms.packing import PackedIndex, choose_index, index_bound, pack_index
@@ -210,7 +210,7 @@ class PruneTerm(Term):
 
     def energies(self, residual: Tensor) -> Tensor:
         """w², or squared norms of the groups."""
-        return self._energies(residual).sort(descending=True).values
+        return falling(self._energies(residual).to(torch.float64))
 
     def empty(self, like: Tensor) -> Kept:
         """Nothing kept."""
