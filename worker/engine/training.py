@@ -244,7 +244,8 @@ class Trainer:
     def _finite(self) -> bool:
         """Whether every parameter is a number: the last update of an epoch shows in no loss."""
         with torch.no_grad():
-            floating = [each.detach() for each in self.module.parameters() if each.is_floating_point()]
+            numbers = [each.detach() for each in self.module.parameters() if each.numel() > 0]  # an export empties some
+            floating = [each for each in numbers if each.is_floating_point()]
             largest = torch._foreach_norm(floating, float("inf"))
         return bool(torch.isfinite(torch.stack([each.to(torch.float64) for each in largest])).all())
 

@@ -37,7 +37,8 @@ def gradients(module: Any, inputs: list[Tensor]) -> dict[str, Tensor | None]:
     """Gradient of every floating parameter after one backward pass in training mode."""
     torch.manual_seed(0)
     outputs = [y for y in flatten(module.train()(*inputs)) if y.is_floating_point() and y.requires_grad]
-    parameters = {name: p for name, p in module.named_parameters() if p.is_floating_point() and p.requires_grad}
+    floating = {name: p for name, p in module.named_parameters() if p.is_floating_point() and p.numel() > 0}
+    parameters = {name: p for name, p in floating.items() if p.requires_grad}
     if outputs:
         sum((y.float() - 1).square().mean() for y in outputs).backward()
     return {name: parameter.grad for name, parameter in parameters.items()}
