@@ -83,12 +83,18 @@ def name_parameters(layers: Sequence[Layer], parameters: Sequence[Layer], spec: 
         Whose rules may begin with "parameter:".
     """
     patterns = [rule.match.removeprefix(PARAMETER_PREFIX) for rule in spec.layers if _names_parameters(rule)]
-    named = [each for each in parameters if any(fnmatchcase(each.name, pattern) for pattern in patterns)]
+    named = [
+        each
+        for each in parameters
+        if any(fnmatchcase(name, pattern) for name in each.names or (each.name,) for pattern in patterns)
+    ]
     weights = {each.weight: each for each in named}
     made: list[Layer] = []
     for layer in layers:
         own = weights.pop(layer.weight, None)
-        made.append(layer if own is None else replace(own, params=layer.params))  # the operator's bias stays with it
+        taken = sum(each.params for each in named if each.owner == layer.name and each.weight != layer.weight)
+        kept = replace(layer, params=layer.params - taken)
+        made.append(kept if own is None else replace(own, params=kept.params))  # the operator's bias stays with it
     return made + list(weights.values())
 
 
@@ -252,7 +258,8 @@ def _names_parameters(rule: LayerRule) -> bool:
 
 def _matches(rule: LayerRule, layer: Layer) -> bool:
     if _names_parameters(rule):
-        return layer.kind == "parameter" and fnmatchcase(layer.name, rule.match.removeprefix(PARAMETER_PREFIX))
+        pattern = rule.match.removeprefix(PARAMETER_PREFIX)
+        return layer.kind == "parameter" and any(fnmatchcase(name, pattern) for name in layer.names or (layer.name,))
     return fnmatchcase(layer.name, rule.match) and (rule.kind is None or rule.kind == layer.kind)
 
 
