@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from worker.engine.csteps.additive import Projection
 from worker.engine.forms.bias import ZeroWeight, bias_alone
-from worker.engine.forms.geometry import Geometry
-from worker.engine.forms.modules import SumOfBranches, SumOfWeights
+from worker.engine.forms.geometry import Call, Geometry
+from worker.engine.forms.modules import SumOfBranches, SumOfWeights, widen
 from worker.engine.forms.registry import term_class
 from worker.engine.forms.term import Term
 from worker.engine.layer_problem import LayerProblem
@@ -27,14 +27,12 @@ def make_recipe(problems: Sequence[LayerProblem], projections: Sequence[Projecti
     for problem, made in zip(problems, projections, strict=True):
         if made.dense:
             continue
-        geometry = asdict(problem.geometry)
-        del geometry["calls"]
         recipe.append(
             {
                 "name": problem.layer.name,
                 "bias": problem.layer.bias,
                 "weight": problem.layer.weight,
-                "geometry": geometry,
+                "geometry": asdict(problem.geometry),
                 "terms": [
                     {
                         "place": place,
@@ -57,6 +55,8 @@ def assemble(
     device: torch.device,
     thetas: Mapping[str, Sequence[Any]] | None = None,
     trained: Mapping[str, Tensor] | None = None,
+    *,
+    as_stored: bool = False,
 ) -> torch.jit.ScriptModule:
     """Load the reference afresh and replace its layers as the recipe says.
 
@@ -72,6 +72,8 @@ def assemble(
         Layer name to the Θ of each of its terms; untrained ones of the same shapes where they are loaded later.
     trained : mapping, optional
         Trained parameters by name, from which the biases are taken; the reference's own where it is not given.
+    as_stored : bool
+        Hold numbers in the dtypes of the file; otherwise wide enough to be trained, with the same answers.
 
     Returns
     -------
@@ -86,7 +88,11 @@ def assemble(
         weight = parameters[layer["weight"]]
         bias = biases[layer["bias"]].detach() if layer["bias"] else None
         given = thetas[layer["name"]] if thetas is not None else None
-        replacements[layer["name"]] = _emit(layer, given, bias, weight.dtype)
+        made = _emit(layer, given, bias, weight.dtype)
+        for part in (made.branch, made.weight):
+            if part is not None and not as_stored:
+                widen(part)
+        replacements[layer["name"]] = made
     replace_layers(module, replacements)
     network = reload(module, device)
     live = dict(network.named_parameters())
@@ -187,9 +193,10 @@ def code_count(recipe: Recipe) -> int:
 
 
 def geometry_from(held: Mapping[str, Any]) -> Geometry:
-    """Make a geometry from JSON; its calls are not needed for what is emitted."""
+    """Make a geometry from JSON; its calls too, by which an emitted chain chooses its cheaper order."""
     values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in held.items()}
-    return Geometry(**(values | {"calls": ()}))
+    calls = tuple(Call(tuple(call["input_shape"]), tuple(call["output_shape"])) for call in held["calls"])
+    return Geometry(**(values | {"calls": calls}))
 
 
 def _codes(term: Term, theta: Any) -> int:

@@ -41,7 +41,7 @@ def emit(model: Path, work_dir: Path) -> dict[str, Any]:
         ``CONSTRAINT_UNREACHABLE`` when the file is not smaller than the reference's.
     """
     plan = json.loads((work_dir / FINAL_PLAN).read_text(encoding="utf-8"))
-    network = assemble(model, plan["recipe"], torch.device("cpu"))
+    network = assemble(model, plan["recipe"], torch.device("cpu"), as_stored=True)
     load_state(network, load_file(work_dir / FINAL_STATE))
     content = export_bytes(network)
     reference_bytes = model.stat().st_size

@@ -17,6 +17,7 @@ from service.contract.terms import LowRankTermSpec
 from worker.engine.forms.factors import Factors
 from worker.engine.forms.geometry import TRANSPOSED, Call, Geometry
 from worker.engine.forms.low_rank import LowRankTerm
+from worker.engine.forms.modules import widen
 from worker.engine.forms.reshape import Reshape, named_reshape
 from worker.engine.forms.term import Ask, NotApplicableError, Price
 
@@ -308,6 +309,17 @@ def test_factors_may_be_stored_in_sixteen_bits(name: str, store_dtype: str) -> N
     assert sum(parameter.numel() for parameter in kept) == term.counts_at(factors.rank).params
     made.square().sum().backward()
     assert all(parameter.grad is not None and parameter.grad.dtype == stored for parameter in kept)
+    widen(plain)
+    wide = torch.jit.script(plain)  # as it is trained: the same answers, gradients in single precision
+    again = layer(wide()) if term.composed else wide(layer.x)
+    assert torch.equal(again, made)
+    again.square().sum().backward()
+    assert all(parameter.grad is not None and parameter.dtype == torch.float32 for parameter in wide.parameters())
+    for (name, one), other in zip(module.named_parameters(), wide.parameters(), strict=True):
+        assert one.grad is not None
+        assert other.grad is not None
+        scale = float(other.grad.abs().max())
+        assert torch.allclose(one.grad.float(), other.grad, atol=4 * torch.finfo(stored).eps * scale), name
 
 
 @settings(max_examples=30, deadline=None)

@@ -40,7 +40,11 @@ class SumOfWeights(nn.Module):
 
 
 class Factor(nn.Module):
-    """A factor kept in a dtype of its own; `forward()` gives it in the dtype of the network around it."""
+    """A factor kept in a dtype of its own; `forward()` gives it in the dtype of the network around it.
+
+    While it is trained it may be `widened`: steps of training are smaller than what 16 bits can tell apart. Then it is
+    rounded at each call, so that the network answers as it will from the file, and gradients pass as if it were not.
+    """
 
     like: Tensor
 
@@ -48,14 +52,22 @@ class Factor(nn.Module):
         super().__init__()
         self.value = nn.Parameter(value.detach().clone().contiguous())
         self.register_buffer("like", torch.empty(0, dtype=dtype))
+        self.float16 = value.dtype == torch.float16
 
     def forward(self) -> Tensor:
         """Cast the factor."""
-        return self.value.to(self.like.dtype)
+        if self.value.dtype != self.like.dtype:
+            return self.value.to(self.like.dtype)
+        rounded = self.value.detach().to(torch.float16 if self.float16 else torch.bfloat16).to(self.like.dtype)
+        return rounded + (self.value - self.value.detach())  # nothing is added but the way of the gradients
 
     def sources(self) -> list[Tensor]:
         """What the factor depends on."""
         return [self.value]
+
+    def widened(self) -> None:
+        """Hold the factor in the dtype of the network."""
+        self.value = nn.Parameter(self.value.detach().to(self.like.dtype))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Factor":  # noqa: FBT001, FBT002
         """Keep the factor's own dtype where the network around it changes its."""
@@ -63,6 +75,13 @@ class Factor(nn.Module):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.value.data = self.value.data.to(dtype)
         return self
+
+
+def widen(module: nn.Module) -> None:
+    """Hold every factor of a module in the dtype of its network, for training."""
+    for part in module.modules():
+        if isinstance(part, Factor):
+            part.widened()
 
 
 class ArrangedFactor(nn.Module):

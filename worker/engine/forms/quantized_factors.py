@@ -13,9 +13,11 @@ from worker.engine.forms.geometry import Geometry, Shape
 from worker.engine.forms.low_rank import LowRankTerm
 from worker.engine.forms.quantized import Codes, QuantizeTerm
 from worker.engine.forms.reshape import Reshape
-from worker.engine.forms.term import COMPOSED_OVERHEAD_BYTES, Ask, Counts, Facts, Term
+from worker.engine.forms.term import COMPOSED_OVERHEAD_BYTES, Accuracy, Ask, Counts, Facts, Term
 
-ROUNDS_MAX = 5  # of fitting each factor to the other's quantized values
+ROUNDS_MAX = 3  # of fitting each factor to the other's quantized values
+RIDGE_RELATIVE = 1e-9
+SMALLEST = 1e-30
 
 
 @dataclass(frozen=True)
@@ -133,12 +135,20 @@ class QuantizedFactorsTerm(LowRankTerm):
         if rank == 0:
             return self.empty(residual)
         matrix = self._matrices(residual)
-        plain = super().fit(residual, replace(ask, low=rank, high=rank))
-        starts = [(self._quantize(plain.left, rank, 0, None), self._quantize(plain.right, rank, 1, None))]
-        if warm is not None and warm.rank == rank:
+        same = warm is not None and warm.rank == rank
+        starts = []
+        if not (same and ask.accuracy is Accuracy.WARM):
+            plain = super().fit(residual, replace(ask, low=rank, high=rank))
+            before = (None, None) if warm is None or warm.rank == 0 else (warm.left, warm.right)
+            left, right = (
+                self._quantize(factor, rank, side, start)
+                for side, (factor, start) in enumerate(zip((plain.left, plain.right), before, strict=True))
+            )
+            starts.append((left, right))
+        if same:
             left, right = (replace(each, values=each.values.to(residual)) for each in (warm.left, warm.right))
             starts.append((left, right))
-        made = [self._alternate(matrix, left, right, rank, ask) for left, right in starts]
+        made = [self._alternate(matrix, left, right, rank) for left, right in starts]
         _, left, right = min(made, key=lambda each: each[0])
         return QuantizedFactors(left, right, rank, self.place)
 
@@ -172,11 +182,15 @@ class QuantizedFactorsTerm(LowRankTerm):
         shape: Shape = (*lead, p, rank) if side == 0 else (*lead, rank, q)
         return QuantizeTerm.from_spec(self.then, Geometry("parameter", shape, (), dtype_bits=self.geometry.dtype_bits))
 
-    def _quantize(self, factor: Tensor, rank: int, side: int, ask: Ask | None, warm: Codes | None = None) -> Codes:
+    def _quantize(self, factor: Tensor, rank: int, side: int, start: Codes | None) -> Codes:
+        """Quantize a factor from the values before or its quantiles: what is best for one is not for both."""
         quantizer = self._quantizer(rank, side)
         size = quantizer.units_max
-        fixed = Ask(0.0, size, size) if ask is None else replace(ask, pressure=0.0, low=size, high=size)
-        return quantizer.fit(factor, fixed, warm)
+        if start is None and self.then.scheme == "codebook":
+            values = factor.reshape(-1).sort().values
+            places = torch.linspace(0, values.shape[0] - 1, size, device=values.device).round().long()
+            start = Codes(values[places][None], torch.zeros(1, 1, dtype=torch.uint8, device=values.device), size)
+        return quantizer.fit(factor, Ask(0.0, size, size, accuracy=Accuracy.WARM), start)
 
     def _plain(self, theta: QuantizedFactors) -> Factors:
         """The factors that codes stand for."""
@@ -221,20 +235,26 @@ class QuantizedFactorsTerm(LowRankTerm):
         ranks = range(min(ask.low, high), high + 1)
         return {rank: ask.pressure * ask.price(self.counts_at(rank)) + errors[rank] for rank in ranks}
 
-    def _alternate(self, matrix: Tensor, left: Codes, right: Codes, rank: int, ask: Ask) -> tuple[float, Codes, Codes]:
+    def _alternate(self, matrix: Tensor, left: Codes, right: Codes, rank: int) -> tuple[float, Codes, Codes]:
         """Fit each factor to the other and quantize it, as long as the error falls."""
         of_left, of_right = self._quantizers(rank)
         best = (_error(matrix, of_left.project(left), of_right.project(right)), left, right)
         for _ in range(ROUNDS_MAX):
-            wanted = torch.linalg.pinv(of_left.project(best[1])) @ matrix
-            right = self._quantize(wanted, rank, 1, ask, best[2])
-            wanted = matrix @ torch.linalg.pinv(of_right.project(right))
-            left = self._quantize(wanted, rank, 0, ask, best[1])
+            right = self._quantize(_solved(of_left.project(best[1]), matrix), rank, 1, best[2])
+            left = self._quantize(_solved(of_right.project(right).mT, matrix.mT).mT, rank, 0, best[1])
             made = (_error(matrix, of_left.project(left), of_right.project(right)), left, right)
             if made[0] >= best[0]:
                 break
             best = made
         return best
+
+
+def _solved(basis: Tensor, matrix: Tensor) -> Tensor:
+    """Least squares ‖matrix − basis·X‖²; the ridge keeps columns of equal codes apart."""
+    gram = basis.mT @ basis
+    ridge = RIDGE_RELATIVE * gram.diagonal(dim1=-2, dim2=-1).mean(dim=-1)[..., None, None].clamp_min(SMALLEST)
+    solved: Tensor = torch.linalg.solve(gram + ridge * torch.eye(gram.shape[-1]).to(gram), basis.mT @ matrix)
+    return solved
 
 
 def _error(matrix: Tensor, left: Tensor, right: Tensor) -> float:
