@@ -215,10 +215,12 @@ class UnpackedOnce(nn.Module):
             weight: Tensor = self.packed()
             return weight
         version = -1
-        if torch.jit.is_scripting():  # type: ignore[attr-defined]
-            for source in sources:
-                if not source.is_inference():
+        for source in sources:
+            if not source.is_inference():  # such a tensor has no version
+                if torch.jit.is_scripting():  # type: ignore[attr-defined]
                     version += source._version()  # type: ignore[operator]
+                else:
+                    version += source._version
         if self.cache.numel() == 0 or self.version != version or self._changed(sources):
             self.cache = self.packed().contiguous()
             self.seen = [source.clone() for source in sources]
