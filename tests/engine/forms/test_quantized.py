@@ -145,3 +145,16 @@ def test_values_of_a_small_weight_are_no_more_than_its_elements() -> None:
     term = make(Geometry("linear", (2, 3), ()), values=256)
     assert term.size == 6
     assert isinstance(term.empty(torch.zeros(2, 3)), Codes)
+
+
+@pytest.mark.parametrize("spec", SCHEMES)
+def test_channels_of_zeros_and_of_far_apart_sizes(spec: dict[str, Any]) -> None:
+    torch.manual_seed(4)
+    weight = torch.randn(5, 12, dtype=torch.float64)
+    weight[1], weight[2], weight[3] = 0.0, 1e-20 * weight[2], 1e20 * weight[3]
+    term = make(Geometry("linear", (5, 12), ()), per_channel=True, **spec)
+    made = term.project(term.fit(weight, whole(term)))
+    assert bool(made.isfinite().all())
+    if term.scheme != "binary":
+        assert float(made[1].abs().sum()) == 0
+        assert bool(((weight - made).norm(dim=1) <= 0.7 * weight.norm(dim=1)).all())
