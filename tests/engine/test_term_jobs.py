@@ -65,7 +65,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return model, save_data(folder / "data.npz", model, (3, 8, 8), count=96, parts=("test_",))
 
 
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("name", ["cast", "mixed", pytest.param("quantized", marks=pytest.mark.full)])
 def test_a_job_ends_in_an_artifact_that_answers_as_it_was_trained(
     name: str, sources: tuple[Path, Path], tmp_path: Path
 ) -> None:

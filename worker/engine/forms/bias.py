@@ -42,7 +42,7 @@ class BiasMap(nn.Module):
         self.bias = nn.Parameter(bias, requires_grad=trained)
         self.kernel = list(geometry.kernel)
         self.stride = list(geometry.stride)
-        self.same = isinstance(geometry.padding, str)
+        self.same = geometry.padding == "same"
         self.padding = [0] * len(self.kernel) if isinstance(geometry.padding, str) else list(geometry.padding)
         self.dilation = list(geometry.dilation)
         self.output_padding = list(geometry.output_padding)

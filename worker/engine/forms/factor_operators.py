@@ -111,7 +111,7 @@ def convolution(
     """
     stride, dilation = _owned(geometry.stride, own, 1), _owned(geometry.dilation, own, 1)
     output_padding = _owned(geometry.output_padding, own, 0) if transposed else (0,) * len(own)
-    same = isinstance(geometry.padding, str)
+    same = geometry.padding == "same"
     padding = _owned((0,) * len(own) if isinstance(geometry.padding, str) else geometry.padding, own, 0)
     if not isinstance(weight, Tensor):
         before = [zeros for axis in reversed(range(len(own))) for zeros in _around(shape[2 + axis], dilation[axis])]
