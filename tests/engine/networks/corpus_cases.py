@@ -136,7 +136,6 @@ CASES: dict[str, Case] = {
         numbers(3, 16, 16),
         spec=_budget(max_params_fraction=0.6),
         kinds=frozenset({"conv2d"}),
-        quick=("scripted",),
     ),
     "densenet": Case(DenseNet, numbers(3, 16, 16), spec=_budget(max_params_fraction=0.6), kinds=frozenset({"conv2d"})),
     "unet": Case(UNet, numbers(3, 16, 16), spec=MACS, kinds=frozenset({"conv2d", "conv_transpose2d"})),
@@ -157,7 +156,13 @@ CASES: dict[str, Case] = {
         kinds=frozenset({"conv2d"}),
         compressed=("same", "valid", "reflect", "circular", "replicate"),
     ),
-    "grouped": Case(Grouped, numbers(3, 12, 12), kinds=frozenset({"conv2d", "conv_transpose2d"}), compressed=("up",)),
+    "grouped": Case(
+        Grouped,
+        numbers(3, 12, 12),
+        kinds=frozenset({"conv2d", "conv_transpose2d"}),
+        compressed=("up",),
+        quick=("scripted",),
+    ),
     "conv1d": Case(
         Conv1dNet, numbers(2, 64), spec=MACS, kinds=frozenset({"conv1d", "conv_transpose1d"}), compressed=("body.7",)
     ),
@@ -172,9 +177,7 @@ CASES: dict[str, Case] = {
     "torch_encoder": Case(TorchEncoder, words(), spec=_budget(max_params_fraction=0.6)),
     "gpt": Case(Gpt, words(), class_dim=2, spec=_budget(max_params_fraction=0.6), kinds=frozenset({"linear"})),
     "vit": Case(Vit, numbers(3, 16, 16), kinds=frozenset({"linear"}), compressed=("blocks.0.attention.in_proj",)),
-    "lstm_tagger": Case(
-        LstmTagger, words(), class_dim=2, kinds=frozenset({"parameter", "embedding"}), quick=("scripted",)
-    ),
+    "lstm_tagger": Case(LstmTagger, words(), class_dim=2, kinds=frozenset({"parameter"}), quick=("scripted",)),
     "gru_tagger": Case(GruTagger, words(), class_dim=2, kinds=frozenset({"parameter"})),
     "cell_loop": Case(CellLoop, numbers(6, 24), compressed=("cell.weight_hh",)),
     "loop_with_branch": Case(

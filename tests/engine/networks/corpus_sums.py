@@ -82,7 +82,9 @@ SUMS: dict[str, Sum] = {
     "pruned_learned": Sum("lenet300", [_rule(prune())], BYTES, forms=PRUNED, file_fraction=0.32),
     "pruned_joint": Sum("lenet5", [_rule(prune(keep_fraction=0.1, joint=True))], forms=PRUNED, file_fraction=0.3),
     "pruned_l1": Sum("lenet300", [_rule(prune(norm="l1", keep_fraction=0.2))], forms=PRUNED),
-    "pruned_penalty": Sum("lenet300", [_rule(prune(norm="l1", form="penalty", alpha=1e-4))], forms=PRUNED),
+    "pruned_penalty": Sum(
+        "lenet300", [_rule(prune(norm="l1", form="penalty", alpha=0.1))], forms=PRUNED, file_fraction=0.5
+    ),
     "pruned_filters": Sum("lenet5", [_rule(prune(group="filter"))], MACS, forms=PRUNED),
     "pruned_channels": Sum("resnet20", [_rule(prune(group="channel"))], MACS, forms=PRUNED, way="traced"),
     "tucker2": Sum("resnet20", [_rule({"type": "tucker2"}, kind="conv2d")], MACS, forms=TUCKER2),
