@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from worker.engine.csteps.additive import Projection, TermChoice, project
+from worker.engine.csteps.batching import eigvalsh
 from worker.engine.csteps.parallel import map_layers
 from worker.engine.forms.geometry import Geometry
 from worker.engine.forms.low_rank import LowRankTerm
@@ -60,6 +61,76 @@ def test_bits_do_not_depend_on_the_number_of_workers_or_threads(accuracy: Accura
             for a, b in zip(first.factors, second.factors, strict=True):
                 assert torch.equal(a.left, b.left)
                 assert torch.equal(a.right, b.right)
+
+
+def projected_together(device: str, accuracy: Accuracy) -> list[Projection]:
+    weights = [weight_of(shape, number).to(device) for number, shape in enumerate(SHAPES)]
+
+    def one(index: int) -> Projection:
+        return project(weights[index], choices_of(SHAPES[index]), 2e-5, accuracy=accuracy)
+
+    return map_layers(one, range(len(SHAPES)), sizes=[weight.numel() for weight in weights], together=True)
+
+
+def hold_together(device: str) -> None:
+    """All layers at once: the same bits each time, and the ranks and objectives of each layer alone."""
+    for accuracy in (Accuracy.EXACT, Accuracy.SINGLE):
+        first, second = (projected_together(device, accuracy) for _ in range(2))
+        for number, (made, again) in enumerate(zip(first, second, strict=True)):
+            alone = project(weight_of(SHAPES[number], number), choices_of(SHAPES[number]), 2e-5)
+            assert made.ranks == alone.ranks
+            assert made.objective == pytest.approx(alone.objective, rel=2e-4)
+            for a, b in zip(made.factors, again.factors, strict=True):
+                assert torch.equal(a.left, b.left)
+                assert torch.equal(a.right, b.right)
+
+
+def test_layers_that_meet_in_batches_are_those_that_are_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    batches: list[int] = []
+    eigh = torch.linalg.eigh
+
+    def counted(gram: Tensor) -> tuple[Tensor, Tensor]:
+        batches.append(gram.shape[0] if gram.dim() == 3 else 0)
+        made: tuple[Tensor, Tensor] = eigh(gram)
+        return made
+
+    monkeypatch.setattr(torch.linalg, "eigh", counted)
+    hold_together("cpu")
+    assert 2 in batches  # two layers have the same shape
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_layers_meet_in_batches_on_a_cuda_device() -> None:
+    hold_together("cuda")
+
+
+@pytest.mark.parametrize("at", [1, 3])
+def test_a_meeting_goes_on_without_those_that_fail(at: int) -> None:
+    """Threads that wait for one that has failed would wait for ever."""
+
+    def one(item: int) -> Tensor:
+        gram = torch.eye(3) * item
+        for _ in range(item):
+            eigvalsh(gram)
+        if item == at:
+            raise ValueError("no such layer")
+        return eigvalsh(gram)
+
+    def stop(done: int, total: int) -> None:
+        raise InterruptedError(f"{done} of {total}")
+
+    assert [float(made[0]) for made in map_layers(one, [2, 4, 5], together=True)] == [2, 4, 5]
+    with pytest.raises(ValueError, match="no such layer"):
+        map_layers(one, [5, 1, 3, 2], together=True)
+    with pytest.raises(InterruptedError, match="1 of 3"):
+        map_layers(one, [2, 4, 5], together=True, after=stop)
+
+    def singular(item: int) -> Tensor:
+        return eigvalsh(torch.full((3, 3), float("nan")) if item == 2 else torch.eye(3))
+
+    with pytest.raises(torch.linalg.LinAlgError):
+        map_layers(singular, [1, 2, 3], together=True)
 
 
 @pytest.mark.parametrize("workers", [1, 3])

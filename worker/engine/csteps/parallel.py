@@ -3,12 +3,14 @@
 Each layer is computed by one thread alone, so that the bits are the same whatever the number of workers is.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from typing import TypeVar
 
 import torch
+
+from worker.engine.csteps.batching import Batch, taking_part
 
 Item = TypeVar("Item")
 Made = TypeVar("Made")
@@ -20,6 +22,7 @@ def map_layers(
     *,
     workers: int | None = None,
     sizes: Sequence[int] | None = None,
+    together: bool = False,
     after: Callable[[int, int], None] | None = None,
 ) -> list[Made]:
     """Call a function for every layer and return what it made, in the layers' order.
@@ -37,6 +40,8 @@ def map_layers(
         Threads; as many as PyTorch may use by default.
     sizes : sequence of int, optional
         How much work each layer is, in any unit: the largest are begun first.
+    together : bool
+        All layers at once, whatever `workers` says, equal decompositions of theirs in one call: for a GPU.
     after : callable, optional
         Told in the calling thread how many layers are done, of how many, after each of them.
     """
@@ -44,41 +49,44 @@ def map_layers(
     threads = min(workers if workers is not None else torch.get_num_threads(), total)
     order = sorted(range(total), key=lambda index: -sizes[index]) if sizes is not None else list(range(total))
     made: dict[int, Made] = {}
+    batch = Batch(total) if together and total > 1 else None
+
+    def one(index: int) -> Made:
+        with torch.no_grad(), taking_part(batch, index) if batch is not None else nullcontext():
+            return function(items[index])  # the gradient mode belongs to the thread
+
+    def tell() -> None:
+        if after is not None:
+            after(len(made), total)
+
     with _one_thread_each():
-        if threads <= 1:
+        if batch is None and threads <= 1:
             for index in order:
-                made[index] = _without_gradients(function, items[index])
-                if after is not None:
-                    after(len(made), total)
-        else:
-            _side_by_side(function, items, order, threads, made, after)
+                made[index] = one(index)
+                tell()
+        elif total > 0:
+            with closing(_side_by_side(one, order, total if batch is not None else threads, batch)) as results:
+                for index, result in results:
+                    made[index] = result
+                    tell()
     return [made[index] for index in range(total)]
 
 
 def _side_by_side(
-    function: Callable[[Item], Made],
-    items: Sequence[Item],
-    order: Sequence[int],
-    threads: int,
-    made: dict[int, Made],
-    after: Callable[[int, int], None] | None,
-) -> None:
+    one: Callable[[int], Made], order: Sequence[int], threads: int, batch: Batch | None
+) -> Generator[tuple[int, Made], None, None]:
+    """Give each result as it comes; whoever stops listening ends the rest."""
     pool = ThreadPoolExecutor(threads, thread_name_prefix="layer", initializer=torch.set_num_threads, initargs=(1,))
+    begun: dict[Future[Made], int] = {}
     try:
-        begun: dict[Future[Made], int] = {
-            pool.submit(_without_gradients, function, items[index]): index for index in order
-        }
+        begun = {pool.submit(one, index): index for index in order}
         for future in as_completed(begun):
-            made[begun[future]] = future.result()
-            if after is not None:
-                after(len(made), len(items))
+            yield begun[future], future.result()
     finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _without_gradients(function: Callable[[Item], Made], item: Item) -> Made:
-    with torch.no_grad():  # the mode belongs to the thread
-        return function(item)
+        for future in begun:
+            if future.cancel() and batch is not None:
+                batch.leave()  # in place of the call that will not be made
+        pool.shutdown(wait=True)
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from worker.engine.csteps.batching import eigh, eigvalsh
 from worker.engine.forms.factors import Factors
 from worker.engine.forms.term import Accuracy
 
@@ -81,7 +82,7 @@ def leading_spectrum(
     none_above = above is not None and at_least <= 0 and float(gram.diagonal().sum()) <= above
     if high == 0 or none_above:
         return Spectrum(matrix.new_zeros(0), matrix.new_zeros(size, 0), matrix)
-    energies, vectors = torch.linalg.eigh(gram)
+    energies, vectors = eigh(gram)
     count = high if above is None else min(max(int((energies > above).sum()), at_least), high)
     leading = vectors[:, size - count :].flip(1)
     return Spectrum(energies[size - count :].flip(0).clamp_min(0.0), fix_signs(leading), matrix)
@@ -94,8 +95,7 @@ def select_rank(energies: Tensor, threshold: float, low: int, high: int) -> int:
 
 def energies_of(matrix: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
     """All σ² of a ``(p, q)`` matrix in falling order, computed in float64 or float32."""
-    energies: Tensor = torch.linalg.eigvalsh(gram_of(matrix.to(dtype)))
-    return energies.flip(0).clamp_min(0.0)
+    return eigvalsh(gram_of(matrix.to(dtype))).flip(0).clamp_min(0.0)
 
 
 def least_objective(matrix: Tensor, threshold: float, low: int, high: int, accuracy: Accuracy) -> float:

@@ -84,10 +84,10 @@ class Curve:
 
 
 def curves_of(problems: Sequence[LayerProblem], weights: Sequence[Tensor]) -> list[Curve]:
-    """Compute the energies of every layer; on the CPU layers are computed side by side."""
-    workers = 1 if any(weight.is_cuda for weight in weights) else None
+    """Compute the energies of every layer: on the CPU side by side, on a GPU together."""
+    on_gpu = any(weight.is_cuda for weight in weights)
     sizes = [weight.numel() for weight in weights]
-    return map_layers(lambda i: Curve.of(problems[i], weights[i]), range(len(weights)), workers=workers, sizes=sizes)
+    return map_layers(lambda i: Curve.of(problems[i], weights[i]), range(len(weights)), sizes=sizes, together=on_gpu)
 
 
 def estimate_pressure(curves: Sequence[Curve], rest: int, limit: int) -> float:

@@ -68,7 +68,7 @@ def project_all(
     mu: float = inf,
     accuracy: Accuracy = Accuracy.EXACT,
 ) -> list[Projection]:
-    """Make the C step of every layer; on the CPU layers are made side by side.
+    """Make the C step of every layer: on the CPU side by side, on a GPU together.
 
     Parameters
     ----------
@@ -102,9 +102,9 @@ def project_all(
 def _every_layer(
     function: Callable[[int], Made], weights: Sequence[Tensor], after_layer: AfterLayer | None = None
 ) -> list[Made]:
-    workers = 1 if any(weight.is_cuda for weight in weights) else None
+    on_gpu = any(weight.is_cuda for weight in weights)
     sizes = [weight.numel() for weight in weights]
-    return map_layers(function, range(len(weights)), workers=workers, sizes=sizes, after=after_layer)
+    return map_layers(function, range(len(weights)), sizes=sizes, together=on_gpu, after=after_layer)
 
 
 def _project_one(
