@@ -73,10 +73,22 @@ def self_value(graph: Graph) -> Value:
 
 
 def see_through(value: Value) -> Value:
-    """Step back over casts that leave a tensor as it is."""
-    while value.node().kind() in _TRANSPARENT:
-        value = value.node().inputsAt(0)
+    """Step back over what leaves a tensor as it is: casts, and branches whose other arm raises."""
+    while (before := _before(value)) is not None:
+        value = before
     return value
+
+
+def _before(value: Value) -> Value | None:
+    node = value.node()
+    if node.kind() in _TRANSPARENT:
+        return node.inputsAt(0)
+    if node.kind() != "prim::If":
+        return None
+    at = next(index for index, each in enumerate(node.outputs()) if each.debugName() == value.debugName())
+    arms = [list(block.outputs())[at] for block in node.blocks()]
+    made = [arm for arm in arms if arm.node().kind() != "prim::Uninitialized"]
+    return made[0] if len(made) == 1 else None
 
 
 def attribute_chain(value: Value, root: Value) -> str | None:
