@@ -26,6 +26,7 @@ class Decisions:
     problems: list[LayerProblem]
     dense: dict[str, ReasonCode]
     dropped: dict[str, tuple[DroppedTerm, ...]]
+    layers: dict[str, Layer]
     warnings: list[ReportWarning] = field(default_factory=list)
 
 
@@ -46,7 +47,7 @@ class Pricing:
 
 def apply_rules(layers: Sequence[Layer], spec: JobSpec) -> Decisions:
     """Match every layer with the first rule that holds, and build its terms."""
-    decisions = Decisions([], [], {}, {})
+    decisions = Decisions([], [], {}, {}, {layer.name: layer for layer in layers})
     used: set[int] = set()
     for position, layer in enumerate(layers):
         decisions.facts.append(_facts(position, layer))

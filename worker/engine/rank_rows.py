@@ -9,6 +9,7 @@ from worker.engine.csteps.additive import Projection, TermChoice
 from worker.engine.forms.term import Counts
 from worker.engine.layer_problem import LayerProblem
 from worker.engine.layer_rules import Decisions
+from worker.engine.network.layers import Layer
 
 
 def step_rows(
@@ -42,7 +43,7 @@ def final_rows(step: int, decisions: Decisions, norms: Sequence[float], made: Se
             problem = decisions.problems[index]
             rows.extend(layer_rows(step, problem, norms[index], made[index], chosen=True))
             continue
-        rows.append(_dense_row(step, facts.name, facts.params, facts.macs, decisions.dense[facts.name], chosen=True))
+        rows.append(_dense_row(step, decisions.layers[facts.name], decisions.dense[facts.name], chosen=True))
     return rows
 
 
@@ -50,7 +51,7 @@ def layer_rows(step: int, problem: LayerProblem, norm: float, made: Projection, 
     """Rows of one layer that the rules let be compressed."""
     layer = problem.layer
     if made.dense:
-        return [_dense_row(step, layer.name, layer.params, layer.macs, ReasonCode.DENSE_PREFERRED, chosen=chosen)]
+        return [_dense_row(step, layer, ReasonCode.DENSE_PREFERRED, chosen=chosen)]
     error = sqrt(max(made.error, 0.0) / norm) if norm > 0 else 0.0
     bias_params = max(layer.params - problem.geometry.weight_params, 0)
     operator_macs = problem.geometry.dense_macs  # counted with the first term whose weight it uses
@@ -63,7 +64,8 @@ def layer_rows(step: int, problem: LayerProblem, norm: float, made: Projection, 
             update={"relative_error": error, "chosen": chosen}
         )
         if place == bias_at:
-            row = row.model_copy(update={"params": row.params + bias_params})
+            bits = row.bits + bias_params * layer.dtype_bits
+            row = row.model_copy(update={"params": row.params + bias_params, "bits": bits})
         if theta.units > 0 and choice.term.composed:
             row, operator_macs = row.model_copy(update={"macs": row.macs + operator_macs}), 0
         rows.append(row)
@@ -102,15 +104,16 @@ def _term_row(step: int, layer: str, index: int, choice: TermChoice, theta: Any)
     )
 
 
-def _dense_row(step: int, layer: str, params: int, macs: int | None, reason: ReasonCode, *, chosen: bool) -> RankRow:
+def _dense_row(step: int, layer: Layer, reason: ReasonCode, *, chosen: bool) -> RankRow:
     return RankRow(
         step=step,
-        layer=layer,
+        layer=layer.name,
         term=0,
         type="dense",
         form=Form.DENSE,
-        params=params,
-        macs=macs or 0,
+        params=layer.params,
+        macs=layer.macs or 0,
+        bits=layer.params * layer.dtype_bits,
         reason=reason,
         chosen=chosen,
     )

@@ -287,9 +287,19 @@ class _Alternation:
 def _made(gap: Tensor, choices: Sequence[TermChoice], thetas: Sequence[Any], moment: Moment, sweeps: int) -> Projection:
     error = float(torch.linalg.vector_norm(gap, dtype=torch.float64)) ** 2
     pairs = list(zip(choices, thetas, strict=True))
-    cost = sum(choice.cost(theta) for choice, theta in pairs)
     own = sum(choice.term.own_penalty(theta, choice.ask(moment)) for choice, theta in pairs)
-    return Projection(tuple(thetas), error, moment.pressure * cost + own + error, sweeps)
+    cost = moment.pressure * sum_cost(choices, thetas)
+    return Projection(tuple(thetas), error, cost + own + error, sweeps)
+
+
+def sum_cost(choices: Sequence[TermChoice], thetas: Sequence[Any]) -> float:
+    """C of a sum: of each Θ, and of the dense operator where any weight is composed."""
+    pairs = list(zip(choices, thetas, strict=True))
+    cost = sum(choice.cost(theta) for choice, theta in pairs)
+    composed = next((choice for choice, theta in pairs if choice.term.composed and theta.units > 0), None)
+    if composed is None:
+        return cost
+    return cost + composed.price(Counts(macs=composed.term.geometry.dense_macs))
 
 
 def _singles(target: Tensor, choices: Sequence[TermChoice], moment: Moment, objective: float) -> list[Projection]:

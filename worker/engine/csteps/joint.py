@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from worker.engine.csteps.additive import STALL_RELATIVE, SWEEPS_MAX, Moment, Projection, TermChoice
+from worker.engine.csteps.additive import STALL_RELATIVE, SWEEPS_MAX, Moment, Projection, TermChoice, sum_cost
 
 
 class Joined(Protocol):
@@ -137,5 +137,5 @@ class _Sum:
         error = float((self.target - torch.stack(self.parts).sum(dim=0)).square().sum())
         pairs = list(zip(self.choices, self.thetas, strict=True))
         own = sum(choice.term.own_penalty(theta, choice.ask(moment)) for choice, theta in pairs)
-        cost = moment.pressure * sum(choice.cost(theta) for choice, theta in pairs)
+        cost = moment.pressure * sum_cost(self.choices, self.thetas)
         return replace(self.start, factors=tuple(self.thetas), error=error, objective=cost + own + error, sweeps=sweeps)
