@@ -155,7 +155,8 @@ def index_bound(kept: int, count: int) -> int:
 
 
 def _widest(count: int) -> int:
-    return min(GAP_BITS_MAX, max(count, 2).bit_length())
+    """Bits of the largest gap, and on to whole bytes: of few positions those cost less than planes."""
+    return min(GAP_BITS_MAX, -(-max(count, 2).bit_length() // 8) * 8)
 
 
 def pack_index(positions: Tensor, index: PackedIndex) -> Tensor:
