@@ -125,6 +125,23 @@ def test_single_precision_chooses_the_same_rank_at_the_same_objective(shape: tup
         assert objective(matrix, made, threshold) <= objective(matrix, exact, threshold) * (1 + 1e-6)
 
 
+@pytest.mark.parametrize("scale", [1e-25, 1e-16, 1e-9, 1e9, 1e17, 1e25])
+@pytest.mark.parametrize("accuracy", [Accuracy.SINGLE, Accuracy.WARM])
+def test_squares_outside_of_the_range_of_float32_do_no_harm(scale: float, accuracy: Accuracy) -> None:
+    matrix = decaying((120, 150), dtype=torch.float64)
+    threshold = threshold_at(matrix, 12) * scale**2
+    start = best_factors(matrix * scale, 0.0, 15, 15, Accuracy.EXACT)
+    made = best_factors(matrix * scale, threshold, 0, 120, accuracy, start)
+    assert made.rank == 12
+    exact = best_factors(matrix * scale, threshold, 0, 120, Accuracy.EXACT)
+    assert objective(matrix * scale, made, threshold) <= objective(matrix * scale, exact, threshold) * (1 + 1e-5)
+
+
+def test_zeros_have_rank_0() -> None:
+    for accuracy in Accuracy:
+        assert best_factors(torch.zeros(100, 120), 0.0, 0, 100, accuracy).rank == 0
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_same_bits_from_factors_of_any_layout(shape: tuple[int, int]) -> None:
     """A checkpoint gives factors back in other memory than the run had them in."""

@@ -16,6 +16,7 @@ from worker.engine.forms.factors import Factors
 from worker.engine.forms.term import Accuracy
 
 _SMALLEST = torch.finfo(torch.float32).tiny
+_RANGE = (1e-15, 1e15)  # of the largest entry of a matrix whose Gram matrix can be made in float32
 _BLOCK = 256  # rows of the Gram matrix that are made at a time; the part above the diagonal is mirrored
 
 
@@ -51,6 +52,15 @@ def working_dtype(accuracy: Accuracy, device: torch.device) -> torch.dtype:
     """Dtype that a C step of an accuracy is computed in; float32 only where its products are rounded as float32."""
     rounded = device.type == "cuda" and torch.get_float32_matmul_precision() != "highest"
     return torch.float64 if accuracy is Accuracy.EXACT or rounded else torch.float32
+
+
+def in_working_dtype(matrix: Tensor, accuracy: Accuracy) -> Tensor:
+    """Return the matrix in the dtype of an accuracy; in float64 where its squares would leave float32's range."""
+    dtype = working_dtype(accuracy, matrix.device)
+    if dtype is torch.float32 and matrix.numel() > 0:
+        largest = float(torch.linalg.vector_norm(matrix, float("inf")))
+        dtype = torch.float32 if _RANGE[0] < largest < _RANGE[1] else torch.float64
+    return matrix.to(dtype)
 
 
 def leading_spectrum(
@@ -100,7 +110,8 @@ def energies_of(matrix: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
 
 def least_objective(matrix: Tensor, threshold: float, low: int, high: int, accuracy: Accuracy) -> float:
     """Least threshold·rank + ‖matrix − Θ‖² over matrices Θ of low ≤ rank ≤ high, without making Θ."""
-    energies = energies_of(matrix, working_dtype(accuracy, matrix.device))
+    matrix = in_working_dtype(matrix, accuracy)
+    energies = energies_of(matrix, matrix.dtype)
     rank = select_rank(energies, threshold, low, high)
     return threshold * rank + float(energies[rank:].sum(dtype=torch.float64))
 

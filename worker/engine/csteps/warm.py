@@ -11,7 +11,7 @@ the exact solver is asked.
 import torch
 from torch import Tensor
 
-from worker.engine.csteps.spectrum import fix_signs, gram_of, leading_spectrum, roots_of, working_dtype
+from worker.engine.csteps.spectrum import fix_signs, gram_of, in_working_dtype, leading_spectrum, roots_of
 from worker.engine.forms.factors import Factors
 from worker.engine.forms.term import Accuracy
 
@@ -42,16 +42,15 @@ def best_factors(
     Returns
     -------
     Factors
-        Float64 where exact, otherwise float32.
+        Float64 where exact, otherwise float32, if its range does for the matrix.
     """
-    dtype = working_dtype(accuracy, matrix.device)
-    matrix = matrix.to(dtype)
+    matrix = in_working_dtype(matrix, accuracy)
     if accuracy is Accuracy.WARM and warm is not None and not matrix.is_cuda:
         made = refine(matrix, warm, threshold, low, high)
         if made is not None:
             return made
     above = threshold if low < high else None
-    spectrum = leading_spectrum(matrix, above=above, at_least=low, at_most=high, dtype=dtype)
+    spectrum = leading_spectrum(matrix, above=above, at_least=low, at_most=high, dtype=matrix.dtype)
     return spectrum.factors(spectrum.energies.shape[0])
 
 
