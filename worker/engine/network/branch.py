@@ -1,14 +1,14 @@
 """Branches: a module in the place of an operator, or beside it, at every site of a layer."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import torch
 
-from worker.engine.network.graphs import Graph, Node, Value, attribute, attribute_chain, constant_before, walk
+from worker.engine.network.graphs import Graph, Node, Value, attribute, constant_before
 from worker.engine.network.layers import Layer
 from worker.engine.network.operator_sites import Site
 from worker.engine.network.parameters import Shape
-from worker.engine.network.sites import QUESTIONS, MethodSites
+from worker.engine.network.sites import MethodSites
 
 
 def put_branch(
@@ -40,7 +40,7 @@ def put_branch(
     added : bool
         The branch's output is added to the operator's, which stays; otherwise the branch takes the operator's place.
     """
-    gone = dict.fromkeys(layer.names, layer.weight_shape)
+    gone = {str(layer.weight): layer.weight_shape}
     if layer.bias is not None:
         gone[layer.bias] = tuple(attribute(module, layer.bias).shape)
     for method in methods.values():
@@ -54,8 +54,9 @@ def put_branch(
             site.output.replaceAllUsesWith(call)
             site.node.destroy()
         if not added:
-            for node, shape in list(_asked(method, gone)):
-                _answer(method, node, shape, attribute_name, branch)
+            for gone_name, shape in gone.items():
+                for node in method.questions.get(gone_name, []):
+                    _answer(method, node, shape, attribute_name, branch)
 
 
 def _call(method: MethodSites, site: Site, name: str, branch: torch.jit.ScriptModule) -> Value:
@@ -106,12 +107,6 @@ def _sum(graph: Graph, site: Site, left: Value, right: Value) -> Node:
     return total
 
 
-def _asked(method: MethodSites, gone: Mapping[str, Shape]) -> Iterator[tuple[Node, Shape]]:
-    for node in walk(method.graph):
-        if node.kind() in QUESTIONS and (chain := attribute_chain(node.inputsAt(0), method.root)) in gone:
-            yield node, gone[str(chain)]
-
-
 def _answer(method: MethodSites, node: Node, shape: Shape, name: str, branch: torch.jit.ScriptModule) -> None:
     """Answer a question about a tensor that goes."""
     graph, kind = method.graph, node.kind()
@@ -122,8 +117,7 @@ def _answer(method: MethodSites, node: Node, shape: Shape, name: str, branch: to
         node.output().replaceAllUsesWith(constant_before(graph, node, sizes[kind]))
     elif kind == "aten::size" and isinstance(at := node.inputsAt(1).toIValue(), int):
         node.output().replaceAllUsesWith(constant_before(graph, node, shape[at]))
-    elif kind != "aten::size":
-        stand_in = _first_floating(branch)
+    elif kind != "aten::size" and (stand_in := _first_floating(branch)):
         value: Value = method.root
         owner = branch._c
         for index, part in enumerate([name, *stand_in]):

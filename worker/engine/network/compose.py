@@ -1,11 +1,10 @@
 """Weights composed by a module: what reads a parameter reads the module's result instead, whatever operator it is."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import torch
 
 from worker.engine.network.graphs import (
-    Block,
     Graph,
     Node,
     Value,
@@ -53,9 +52,9 @@ def compose_parameter(
     for graph in graphs.values():
         root = self_value(graph)
         found = [
-            (node, path)
-            for node, path in _nodes(graph)
-            if node.kind() == "prim::GetAttr" and _reads(module, attribute_chain(node.output(), root), names, storage)
+            (node, _path(node))
+            for node in graph.findAllNodes("prim::GetAttr")
+            if _reads(module, attribute_chain(node.output(), root), names, storage)
         ]
         if not found:
             continue
@@ -81,11 +80,14 @@ def _reads(module: torch.jit.ScriptModule, chain: str | None, names: set[str], s
     return isinstance(held, list) and any(isinstance(x, torch.Tensor) and x.data_ptr() == storage for x in held)
 
 
-def _nodes(block: Graph | Block, path: _Path = ()) -> Iterator[tuple[Node, _Path]]:
-    for node in block.nodes():
-        yield node, path
-        for index, inner in enumerate(node.blocks()):
-            yield from _nodes(inner, (*path, (node, index)))
+def _path(node: Node) -> _Path:
+    path: list[tuple[Node, int]] = []
+    block = node.owningBlock()
+    while (owner := block.owningNode()) is not None:
+        index = next(at for at, each in enumerate(owner.blocks()) if each.paramNode() == block.paramNode())
+        path.append((owner, index))
+        block = owner.owningBlock()
+    return tuple(reversed(path))
 
 
 def _place(found: list[tuple[Node, _Path]]) -> Node:

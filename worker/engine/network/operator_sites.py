@@ -237,8 +237,11 @@ def _ancestors(value: Value, root: Value, parameters: Parameters) -> list[str]:
 
 
 def _layer_name(weight: str | None, sources: list[str], place: str) -> str:
-    """Name a layer by its module, and by the parameter itself where that is not called `weight`."""
+    """Name a layer by its module, and by the parameter itself where that is not called `weight`.
+
+    One whose weight is computed from the root's own parameters is named by its place: a rule may name those parameters.
+    """
     if weight is None:
-        return (sources[0].rpartition(".")[0] or sources[0]) if sources else place
+        return (sources[0].rpartition(".")[0] if sources else "") or place
     prefix, _, last = weight.rpartition(".")
     return prefix if last == "weight" and prefix else weight

@@ -60,11 +60,12 @@ def replace_layers(module: torch.jit.ScriptModule, replacements: Mapping[str, nn
         name: asked if isinstance(asked, Replacement) else Replacement(branch=asked)
         for name, asked in replacements.items()
     }
-    weights = {name: _weight(module, name, layers) for name in wanted}
+    parameters = Parameters(module)
+    weights = {name: _weight(parameters, name, layers) for name in wanted}
     factored = {weights[name] for name, each in wanted.items() if each.branch is not None}
     graphs = open_plain(module, fused=True)
     for graph in graphs.values():
-        _unfuse(module, graph, factored)
+        _unfuse(parameters, graph, factored)
     methods = scan_methods(module, graphs)
     for name, each in wanted.items():
         if each.branch is not None:
@@ -75,24 +76,23 @@ def replace_layers(module: torch.jit.ScriptModule, replacements: Mapping[str, nn
             put_branch(module, methods, layer, attribute, scripted, added=each.weight is not None)
         if each.weight is not None:
             attribute, scripted = _register(module, f"{name.removesuffix('.weight')}__weight", each.weight)
-            compose_parameter(module, graphs, set(Parameters(module).names(weights[name])), attribute, scripted)
+            compose_parameter(module, graphs, set(parameters.names(weights[name])), attribute, scripted)
     for graph in graphs.values():
         torch._C._jit_pass_dce(graph)
         graph.lint()
 
 
-def _weight(module: torch.jit.ScriptModule, name: str, layers: Mapping[str, Layer]) -> str:
+def _weight(parameters: Parameters, name: str, layers: Mapping[str, Layer]) -> str:
     """Name the parameter that a layer's name, or a parameter's own name, stands for."""
-    parameters = Parameters(module)
     found = parameters.first(layers[name].weight if name in layers else None) or parameters.first(name)
     if found is None:
         raise KeyError(name)
     return found
 
 
-def _unfuse(module: torch.jit.ScriptModule, graph: Graph, factored: set[str]) -> None:
+def _unfuse(parameters: Parameters, graph: Graph, factored: set[str]) -> None:
     """Let attention whose weights become factors run its unfused path."""
-    parameters, root = Parameters(module), self_value(graph)
+    root = self_value(graph)
 
     def holds_factors(node: Node) -> bool:
         return any(parameters.first(attribute_chain(value, root)) in factored for value in node.inputs())

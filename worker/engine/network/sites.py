@@ -55,6 +55,8 @@ class MethodSites:
     consumers : dict of str to list of Node
         For each parameter, every operator that takes it: behind casts, lists and transpositions, without questions
         about it.
+    questions : dict of str to list of Node
+        For each parameter, what asks about it without reading its numbers.
     assigned : set of str
         Attributes that the method sets, and parameters that it writes to in place.
     opaque : set of str
@@ -66,6 +68,7 @@ class MethodSites:
     root: Value
     sites: list[Site] = field(default_factory=list)
     consumers: dict[str, list[Node]] = field(default_factory=dict)
+    questions: dict[str, list[Node]] = field(default_factory=dict)
     assigned: set[str] = field(default_factory=set)
     opaque: set[str] = field(default_factory=set)
 
@@ -126,8 +129,8 @@ def _scan(module: torch.jit.ScriptModule, method: str, graph: Graph, parameters:
     for node in nodes:
         if node.kind() == "prim::GetAttr":
             for name in parameters.behind(node.output(), found.root):
-                readers = list(_consumers(node.output()))
-                found.consumers.setdefault(name, []).extend(readers)
+                found.consumers.setdefault(name, []).extend(_consumers(node.output()))
+                found.questions.setdefault(name, []).extend(_questions(node.output()))
                 if _is_written(node.output()):
                     found.assigned.add(name)
             if node.output().type().kind() in _MODULE_TYPES and _is_handed_on(node.output()):
@@ -160,6 +163,14 @@ def _consumers(value: Value) -> Iterator[Node]:
             yield from _consumers(branch.outputsAt(use.offset))
         elif use.user.kind() not in QUESTIONS:
             yield use.user
+
+
+def _questions(value: Value) -> Iterator[Node]:
+    for use in value.uses():
+        if use.user.kind() in QUESTIONS and use.offset == 0:
+            yield use.user
+        elif use.user.kind() in _PASSING and use.user.kind() != "prim::ListConstruct":
+            yield from _questions(use.user.output())
 
 
 def _branch_of(end: Node) -> Node | None:
