@@ -19,6 +19,10 @@ def upgrade() -> None:
     op.add_column(table, sa.Column("bits", sa.BigInteger(), nullable=False, server_default="0"))
     op.add_column(table, sa.Column("details", sa.JSON(none_as_null=True), nullable=False, server_default="{}"))
     op.execute("UPDATE rank_configurations SET type = 'dense' WHERE form = 'dense'")
+    op.execute(  # reasons that are given no more
+        "UPDATE rank_configurations SET reason = 'UNSUPPORTED_KIND' "
+        "WHERE reason IN ('GROUPED_CONVOLUTION', 'PADDING_MODE')"
+    )
     _set_rank_type(sa.Integer(), sa.BigInteger())  # units may be kept weights, which are many
     _add_objective()
     op.create_index(op.f("ix_jobs_objective_model_id"), "jobs", ["objective_model_id"])

@@ -41,9 +41,7 @@ class ReasonCode(StrEnum):
 
     # The layer stays dense because of what it is.
     UNSUPPORTED_KIND = "UNSUPPORTED_KIND"
-    GROUPED_CONVOLUTION = "GROUPED_CONVOLUTION"
     SHARED_WEIGHT = "SHARED_WEIGHT"
-    PADDING_MODE = "PADDING_MODE"
     WEIGHT_NOT_PARAMETER = "WEIGHT_NOT_PARAMETER"
     NOT_FLOATING = "NOT_FLOATING"
     NOT_EXECUTED = "NOT_EXECUTED"
@@ -64,12 +62,10 @@ class ReasonCode(StrEnum):
 
 
 REASON_MEANINGS: dict[ReasonCode, str] = {
-    ReasonCode.UNSUPPORTED_KIND: "The operator is not one that can be factored yet; the layer stays as it was.",
-    ReasonCode.GROUPED_CONVOLUTION: "The convolution has groups; its weight is a block matrix, one block per group.",
-    ReasonCode.SHARED_WEIGHT: "The weight is used by several different operators; it stays dense for all of them.",
-    ReasonCode.PADDING_MODE: "The padding cannot be written as zeros around the input, so a chain would differ.",
+    ReasonCode.UNSUPPORTED_KIND: "The operator is none whose weight is compressed; a rule can name its parameters.",
+    ReasonCode.SHARED_WEIGHT: "What else uses the weight cannot be seen (a fork, an interface, overlapping memory).",
     ReasonCode.WEIGHT_NOT_PARAMETER: "The weight is computed or a constant, not a parameter of the model.",
-    ReasonCode.NOT_FLOATING: "The weight is not float32 or float64.",
+    ReasonCode.NOT_FLOATING: "The weight does not hold floating point numbers.",
     ReasonCode.NOT_EXECUTED: "The layer did not run for the example inputs, so its cost is unknown.",
     ReasonCode.COST_UNKNOWN: "The layer ran, but its multiply-adds could not be counted.",
     ReasonCode.KEPT_BY_RULE: "A rule of the spec keeps the layer dense.",
