@@ -10,7 +10,7 @@ from test_steering import NETWORKS, network_of
 from torch import Tensor
 
 from worker.engine.csteps.additive import Projection
-from worker.engine.selection.shrinking import FALLS_FROM, FALLS_TO, SLACK, falling_limit, shrink
+from worker.engine.selection.shrinking import FALLS_FROM, FALLS_TO, SLACK, LossOf, falling_limit, shrink
 from worker.engine.selection.steering import LayerProblem, Network, composed, fill, pressure_for
 
 SPEC = {"budget": {"max_params_fraction": 0.5}}
@@ -35,7 +35,7 @@ def test_the_limit_is_wide_then_falls_and_ends_at_the_budget() -> None:
 def test_the_size_meets_the_limit_and_units_only_go(name: str) -> None:
     network, weights, before = begin(name, 0.7)
     limit = int(0.5 * network.dense_size)
-    after = shrink(network, weights, before, limit, lambda tried: distance(weights, tried))
+    after = shrink(network, weights, before, limit, measured(weights, range(len(weights))))
     assert network.size(after) <= limit < network.size(before)
     for one, other in zip(before, after, strict=True):
         assert other.dense <= one.dense
@@ -46,7 +46,7 @@ def test_the_size_meets_the_limit_and_units_only_go(name: str) -> None:
 def test_units_that_the_loss_does_not_need_go_first() -> None:
     network, weights, before = begin("mlp", 0.7)
     kept, others = before[0], range(1, len(before))
-    after = shrink(network, weights, before, int(0.55 * network.dense_size), lambda tried: distance(weights[:1], tried))
+    after = shrink(network, weights, before, int(0.55 * network.dense_size), measured(weights, [0]))
     assert after[0].ranks == kept.ranks
     assert any(after[index].ranks != before[index].ranks or before[index].dense for index in others)
 
@@ -55,7 +55,7 @@ def test_a_dense_layer_becomes_a_sum_where_the_loss_does_not_mind() -> None:
     network, weights, before = begin("mlp", 0.7)
     dense = [replace(before[0], dense=True), *before[1:]]
     limit = network.size(dense) - 1
-    after = shrink(network, weights, dense, limit, lambda tried: distance(weights[1:], tried[1:]))
+    after = shrink(network, weights, dense, limit, measured(weights, range(1, len(weights))))
     assert not after[0].dense
     assert network.size(after) <= limit
 
@@ -76,10 +76,15 @@ def assert_doubled(problem: LayerProblem, one: Projection, other: Projection) ->
         )
 
 
-def distance(weights: Sequence[Tensor], tried: Sequence[Tensor | None]) -> float:
-    pairs = zip(weights, tried, strict=False)
-    return sum(float((weight - made).square().sum()) for weight, made in pairs if made is not None)
+def measured(weights: Sequence[Tensor], counted: Sequence[int]) -> LossOf:
+    """A loss that is the square of the change, in some layers; in the others nothing changes it."""
+
+    def loss_of(index: int, change: Tensor | None) -> float:
+        assert change is None or change.shape == weights[index].shape
+        return float(change.square().sum()) if change is not None and index in counted else 0.0
+
+    return loss_of
 
 
-def fails(tried: Sequence[Tensor | None]) -> float:
-    raise AssertionError(f"nothing has to go, and {len(tried)} layers were tried")
+def fails(index: int, _change: Tensor | None) -> float:
+    raise AssertionError(f"nothing has to go, and layer {index} was tried")

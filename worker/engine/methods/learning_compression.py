@@ -238,22 +238,21 @@ def _c_step(context: Context, loop: Loop, targets: Sequence[Tensor], mu: float) 
 
 
 def _trial_loss(context: Context, loop: Loop) -> LossOf:
-    """Objective of the network with given weights on some training samples; W is given back."""
+    """Objective on some training samples with one layer's W changed; W is given back."""
     trainer = context.trainer(loop.module)
     trials = sum(len(problem.choices) for problem in context.network.problems) + 1
     work = 3 * trainer.dataset.size("train") * context.spec.training.epochs_per_step  # in forward passes of a sample
     low, high = TRIAL_SAMPLES
     positions = probe_positions(trainer, min(max(int(TRIALS_SHARE * work / trials), low), high), (loop.step,))
 
-    def loss_of(weights: Sequence[Tensor | None]) -> float:
-        kept = [weight.detach().clone() for weight in loop.weights]
+    def loss_of(index: int, change: Tensor | None) -> float:
+        weight = loop.weights[index]
+        before = weight.detach().clone()
         with torch.no_grad():
-            for weight, tried in zip(loop.weights, weights, strict=True):
-                if tried is not None:
-                    weight.copy_(tried)
+            if change is not None:
+                weight.add_(change.to(weight.dtype))
             loss = mean_objective(trainer, positions)
-            for weight, before in zip(loop.weights, kept, strict=True):
-                weight.copy_(before)
+            weight.copy_(before)
         return loss
 
     return loss_of

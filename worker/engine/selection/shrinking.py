@@ -22,7 +22,7 @@ from worker.engine.selection.steering import Network, at_ranks, at_units, compos
 SLACK = 1.6  # the budget begins at so many times its end, or halfway to the dense network where that is less
 FALLS_FROM, FALLS_TO = 0.3, 0.8  # of the steps; before, ranks are free within the wider budget
 _TINIEST = 1e-12  # of a loss or an energy
-LossOf = Callable[[Sequence[Tensor | None]], float]  # of the network with these weights; None leaves W
+LossOf = Callable[[int, Tensor | None], float]  # with a layer's W changed by a tensor; None changes nothing
 
 
 def falling_limit(limit: int, dense_size: int, share: float) -> int:
@@ -55,7 +55,8 @@ def shrink(
     limit : int
         Size that should not be exceeded; where graded terms do not suffice, it is.
     loss_of : callable
-        Loss of the network with given weights of the problems' layers.
+        Loss of the network with its own W, but for one layer's, to which a change is added. W is what was trained;
+        where all layers are Θ at once, the loss of that would drown what one unit is worth.
     mu : float
         μ, for penalties that are a term's own.
     accuracy : Accuracy
@@ -91,22 +92,18 @@ class _Trials:
             _opened(problem, weight, each, self.mu) if each.dense else each
             for problem, weight, each in zip(self.network.problems, self.weights, self.made, strict=True)
         ]
-        self._sums: list[Tensor | None] = [
-            None if each.dense else composed(problem, each.factors)
-            for problem, each in zip(self.network.problems, self.made, strict=True)
-        ]
 
     def values(self) -> list[tuple[int, int, list[float]]]:
         """Loss that each unit of each term is worth, the last units first; place −1 stands for being dense."""
         found: list[tuple[int, int, list[float]]] = []
-        base = self.loss_of(self._sums)
+        base = self.loss_of(0, None)
         for index, (problem, before, begun) in enumerate(
             zip(self.network.problems, self.made, self.begun, strict=True)
         ):
             if problem.joint or begun.dense:
                 continue
             if before.dense:
-                found.append((index, -1, [max(self._loss(index, begun) - base, _TINIEST)]))
+                found.append((index, -1, [max(self._loss(index, begun, None) - base, _TINIEST)]))
                 continue
             for place, choice in enumerate(problem.choices):
                 term = choice.term.settled(begun.factors[place])
@@ -116,16 +113,16 @@ class _Trials:
                 fewer = list(begun.ranks)
                 fewer[place] = max(units - max(round(units * self.share), 1), least)
                 tried = at_units(problem, self.weights[index], begun, fewer, self.mu)
-                rise = max(self._loss(index, tried) - base, _TINIEST)
+                rise = max(self._loss(index, tried, begun) - base, _TINIEST)
                 slope = rise / max(tried.error - begun.error, _TINIEST)
                 energies = term.energies(term.project(begun.factors[place]).to(torch.float64))[least:units]
                 found.append((index, place, [slope * float(energy) for energy in energies.flip(0)]))
         return found
 
-    def _loss(self, index: int, made: Projection) -> float:
-        tried = list(self._sums)
-        tried[index] = composed(self.network.problems[index], made.factors)
-        return self.loss_of(tried)
+    def _loss(self, index: int, tried: Projection, before: Projection | None) -> float:
+        problem = self.network.problems[index]
+        held = self.weights[index] if before is None else composed(problem, before.factors)
+        return self.loss_of(index, composed(problem, tried.factors) - held)
 
 
 class _Dropping:
