@@ -12,6 +12,7 @@ from corpus_images import (
     Autoencoder,
     Conv1dNet,
     Conv3dNet,
+    ConvNext,
     DenseNet,
     Detector,
     Grouped,
@@ -34,6 +35,7 @@ from corpus_sequences import (
     GruTagger,
     LoopWithBranch,
     LstmTagger,
+    Normalised,
     TextEncoder,
     TorchEncoder,
     TwoTowers,
@@ -163,6 +165,14 @@ CASES: dict[str, Case] = {
         compressed=("up",),
         quick=("scripted",),
     ),
+    "convnext": Case(
+        ConvNext,
+        numbers(3, 16, 16),
+        spec=_budget(max_macs_fraction=0.4),
+        kinds=frozenset({"conv2d", "linear"}),
+        compressed=("depthwise.*",),
+        quick=("scripted",),
+    ),
     "conv1d": Case(
         Conv1dNet, numbers(2, 64), spec=MACS, kinds=frozenset({"conv1d", "conv_transpose1d"}), compressed=("body.7",)
     ),
@@ -197,6 +207,20 @@ CASES: dict[str, Case] = {
         kinds=frozenset({"linear"}),
         compressed=("middle",),
         ways=("scripted",),
+    ),
+    "normalised": Case(
+        Normalised,
+        words(),
+        spec={
+            "budget": {"max_params_fraction": 0.6},
+            "layers": [
+                {"match": "parameter:direction", "terms": [{"type": "low_rank", "reshape": "matrix"}]},
+                {"match": "parameter:bag.weight", "terms": [{"type": "low_rank", "reshape": "matrix"}]},
+                {"match": "*"},
+            ],
+        },
+        kinds=frozenset({"parameter"}),
+        compressed=("direction", "bag*"),
     ),
     "train_mode": Case(
         Vgg16, numbers(3, 32, 32), spec=MACS, kinds=frozenset({"conv2d"}), ways=("scripted",), training=True
@@ -280,7 +304,9 @@ def tensors(case: Case, generator: np.random.Generator, count: int) -> tuple[Ten
 def _named(raw: Any) -> list[tuple[str, Tensor]]:
     if isinstance(raw, dict):
         return [(f"targets.{name}", output) for name, output in raw.items()]
-    if isinstance(raw, (tuple, list)):
+    if isinstance(raw, tuple):
+        return [("targets", raw[0])]  # the first alone is learned
+    if isinstance(raw, list):
         return [(f"targets.{place}", output) for place, output in enumerate(raw)]
     return [("targets", raw)]
 

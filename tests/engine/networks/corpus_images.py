@@ -403,6 +403,27 @@ class Grouped(nn.Module):
         return self.head(F.relu(self.up(x)).mean((2, 3)))
 
 
+class ConvNext(nn.Module):
+    """7×7 depthwise convolutions, normalised and mixed over the channels as linear layers do (Liu et al. 2022)."""
+
+    def __init__(self, width: int = 48, depth: int = 2) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, width, 2, 2)
+        self.depthwise = nn.ModuleList([nn.Conv2d(width, width, 7, padding=3, groups=width) for _ in range(depth)])
+        self.norms = nn.ModuleList([nn.LayerNorm(width) for _ in range(depth)])
+        self.widen = nn.ModuleList([nn.Linear(width, 4 * width) for _ in range(depth)])
+        self.narrow = nn.ModuleList([nn.Linear(4 * width, width) for _ in range(depth)])
+        self.scale = nn.Parameter(torch.full((width,), 0.5))
+        self.head = nn.Linear(width, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for mix, norm, widen, narrow in zip(self.depthwise, self.norms, self.widen, self.narrow, strict=True):
+            y = norm(mix(x).permute(0, 2, 3, 1))
+            x = x + (self.scale * narrow(F.gelu(widen(y)))).permute(0, 3, 1, 2)
+        return self.head(x.mean((2, 3)))
+
+
 class Conv1dNet(nn.Module):
     """Waveforms: strided and dilated 1-D convolutions with batch norm."""
 

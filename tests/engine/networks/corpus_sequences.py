@@ -242,3 +242,20 @@ class Exported(nn.Module):
     @torch.jit.export
     def label(self, index: int) -> str:
         return self.labels[index]
+
+
+class Normalised(nn.Module):
+    """Weights that are computed from a direction and a length, a table that sums its rows, outputs in nested tuples."""
+
+    def __init__(self, width: int = 64) -> None:
+        super().__init__()
+        self.bag = nn.EmbeddingBag(WORDS, width, mode="sum")
+        self.direction = nn.Parameter(torch.randn(2 * width, width))
+        self.length = nn.Parameter(torch.ones(2 * width, 1))
+        self.bias = nn.Parameter(torch.zeros(2 * width))
+        self.head = nn.Linear(2 * width, 6)
+
+    def forward(self, tokens: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        weight = self.direction * (self.length / self.direction.norm(2, 1, keepdim=True))
+        y = self.head(torch.tanh(F.linear(self.bag(tokens), weight, self.bias)))
+        return y, (y.softmax(1), y.argmax(1))
