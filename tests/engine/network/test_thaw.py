@@ -128,16 +128,20 @@ def test_a_frozen_encoder_keeps_one_path() -> None:
     assert all(layer.reason is None or layer.kind == "norm" for layer in layers)
 
 
-def test_models_with_parameters_keep_their_small_constants() -> None:
-    class Shifted(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.fc = nn.Linear(3, 3)
+class Blurs(nn.Module):
+    """A kernel that is a constant of the trace, not a weight."""
 
-        def forward(self, x: Tensor) -> Tensor:
-            return self.fc(x - torch.tensor([0.1, 0.2, 0.3])) * torch.tensor(2.0)
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(3, 3)
+        self.kernel = [torch.full((1, 1, 3), 1 / 3)]
 
-    module = load_model(saved(torch.jit.trace(Shifted(), (torch.randn(2, 3),))))
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.conv1d(self.fc(x)[:, None], self.kernel[0], padding=1)
+
+
+def test_models_with_parameters_keep_their_constants() -> None:
+    module = load_model(saved(torch.jit.trace(Blurs(), (torch.randn(2, 3),))))
     assert [name for name, _ in module.named_parameters()] == ["fc.weight", "fc.bias"]
 
 

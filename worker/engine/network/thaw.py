@@ -28,7 +28,7 @@ _STATISTICS["aten::instance_norm"] = _STATISTICS["aten::batch_norm"]
 
 
 def thaw(module: torch.jit.ScriptModule) -> bool:
-    """Lift the constant weights and biases of known operators into parameters, in place.
+    """Lift the constant weights and biases of a frozen model's known operators into parameters, in place.
 
     They are named after the operator and its place among those that hold constants, "conv2d_3.weight". A matrix stays
     one parameter however often it is used; vectors that freezing has pooled because they hold the same numbers, such
@@ -44,6 +44,8 @@ def thaw(module: torch.jit.ScriptModule) -> bool:
     bool
         Whether anything was lifted; the module must then be saved and loaded before it is run.
     """
+    if module._c.hasattr("training") and any(True for _ in module.parameters()):
+        return False  # freezing takes the flag away; what else is a constant was meant so
     if not module._c.hasattr("training"):
         module._c._register_attribute("training", torch._C.BoolType.get(), False)
     methods = [name for name in method_names(module) if any(True for _ in _frozen(read_graph(module, name)))]
