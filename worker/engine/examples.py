@@ -28,10 +28,10 @@ def suggestion(layers: Sequence[Layer]) -> list[dict[str, Any]]:
     """Guess `example_inputs` from the first layer's weight; sides of images are not written in weights."""
     for layer in layers:
         shape = list(layer.weight_shape)
-        if layer.kind == "linear" and len(shape) == 2:
-            return [{"shape": [1, shape[1]], "dtype": "float32"}]
+        if layer.kind in {"linear", "matmul"} and len(shape) == 2:
+            return [{"shape": [1, shape[1] if layer.kind == "linear" else shape[0]], "dtype": "float32"}]
         if layer.kind.startswith("conv") and len(shape) >= 3:
-            channels = shape[1] * layer.groups
+            channels = shape[0] if layer.kind.startswith("conv_transpose") else shape[1] * layer.groups
             return [{"shape": [1, channels, *[32] * (len(shape) - 2)], "dtype": "float32"}]
         if layer.kind == "embedding" and len(shape) == 2:
             return [{"shape": [1, 16], "dtype": "int64", "high": shape[0]}]
