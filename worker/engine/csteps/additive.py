@@ -13,9 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from worker.engine.csteps.spectrum import in_working_dtype
 from worker.engine.forms.term import Accuracy, Ask, Counts, Price, Term
 
-STALL_RELATIVE = 5e-5  # a sweep that gains less than this part of the objective ends the alternation
+STALL_RELATIVE = 1e-5  # a sweep that gains less than this part of the objective ends the alternation
+STALL_WARM = 3e-5  # the same where the next step goes on from this one
 SWEEPS_MAX = 10  # the authors' own number; most C steps stall long before
 
 
@@ -176,8 +178,8 @@ def project(
     if accuracy is Accuracy.WARM and (len(active) <= 1 or warm is None):
         accuracy = Accuracy.SINGLE
     moment = Moment(pressure, mu, accuracy)
-    single = accuracy is not Accuracy.EXACT and all(choice.term.takes_float32 for choice in active)
-    target = weight.detach().to(torch.float32 if single else torch.float64)
+    single = all(choice.term.takes_float32 for choice in active)
+    target = in_working_dtype(weight.detach(), accuracy) if single else weight.detach().to(torch.float64)
     start = list(warm) if warm is not None else [choice.term.empty(target) for choice in choices]
     best = _alternate(target, choices, moment, start, sweeps)
     if sweeps is None and len(active) > 1:
@@ -206,11 +208,12 @@ def _alternate(
     limit = sweeps if sweeps is not None else SWEEPS_MAX
     limit = min(limit, 1) if len(active) <= 1 else limit  # one term on its own is closed form
     extrapolates = sweeps is None and all(choices[index].term.graded for index in active)
+    stall = STALL_WARM if moment.accuracy is Accuracy.WARM else STALL_RELATIVE
     best: Projection | None = None
     for done in range(1, limit + 1):
         under_way.sweep(extrapolates=extrapolates)
         made = under_way.projection(done)
-        if sweeps is None and best is not None and best.objective - made.objective <= STALL_RELATIVE * made.objective:
+        if sweeps is None and best is not None and best.objective - made.objective <= stall * made.objective:
             if made.objective <= best.objective:
                 return made
             if not under_way.extrapolated:
@@ -285,7 +288,7 @@ class _Alternation:
 
 
 def _made(gap: Tensor, choices: Sequence[TermChoice], thetas: Sequence[Any], moment: Moment, sweeps: int) -> Projection:
-    error = float(torch.linalg.vector_norm(gap, dtype=torch.float64)) ** 2
+    error = float(gap.square().sum())
     pairs = list(zip(choices, thetas, strict=True))
     own = sum(choice.term.own_penalty(theta, choice.ask(moment)) for choice, theta in pairs)
     cost = moment.pressure * sum_cost(choices, thetas)
