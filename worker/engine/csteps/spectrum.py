@@ -17,7 +17,7 @@ from worker.engine.forms.term import Accuracy
 
 _SMALLEST = torch.finfo(torch.float32).tiny
 _RANGE = (1e-15, 1e15)  # of the largest entry of a matrix whose Gram matrix can be made in float32
-_BLOCK = 256  # rows of the Gram matrix that are made at a time; the part above the diagonal is mirrored
+_BLOCK = 192  # rows of the Gram matrix that are made at a time; the part above the diagonal is mirrored
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ def gram_of(matrix: Tensor) -> Tensor:
     """
     short = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
     size = short.shape[0]
-    if matrix.is_cuda or size <= 2 * _BLOCK:
+    if matrix.is_cuda or size <= _BLOCK:
         return short @ short.T
     gram = matrix.new_empty(size, size)
     for start in range(0, size, _BLOCK):
