@@ -6,7 +6,6 @@ from network_corpus import CASES, Halves, build, saved
 from torch import Tensor, nn
 
 from worker.engine.network.export import export_bytes
-from worker.engine.network.layers import find_layers
 from worker.engine.network.load import load_model, reload
 from worker.engine.network.replace import Replacement, replace_layers
 
@@ -114,18 +113,47 @@ def test_a_parameter_that_nothing_reads_is_no_place_for_a_weight() -> None:
         replace_layers(module, {"unused.weight": Replacement(weight=Halves(torch.zeros(3, 3)))})
 
 
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+        self.norm = nn.BatchNorm1d(8)
+        self.dropout = nn.Dropout(0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dropout(self.norm(self.fc(x)))
+
+
 def test_a_weight_goes_where_another_layer_of_its_class_keeps_its_own() -> None:
-    file = saved(torch.jit.script(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))))
-    exported = torch.jit.load(io.BytesIO(export_bytes(composed(file, "0.weight"))))
-    sizes = {name: value.numel() for name, value in exported.named_parameters()}
-    assert sizes.pop("0.weight", 0) == 0
-    assert sizes == {
-        "0.bias": 64,
-        "1.weight": 4096,
-        "1.bias": 64,
-        "0__weight.left": 4096,
-        "0__weight.right": 4096,
-    }
-    x = torch.randn(2, 64)
+    torch.manual_seed(0)
+    file = saved(torch.jit.script(nn.Sequential(nn.Sequential(Block(), Block()), Block(), nn.Linear(8, 8))))
+    x = torch.randn(4, 8)
+    exported = check(file, ("0.1.fc.weight",), (x,))
+    names = [name for name, _ in exported.named_parameters()]
+    assert [name for name in names if ".fc." in name] == [
+        "0.0.fc.weight",
+        "0.0.fc.bias",
+        "0.1.fc.bias",
+        "1.fc.weight",
+        "1.fc.bias",
+    ]
+    assert all(value.requires_grad for value in exported.parameters())
+    assert [name for name, _ in exported.named_buffers()] == [name for name, _ in load_model(file).named_buffers()]
+
+
+def test_parameters_that_are_one_stay_one_where_a_weight_goes() -> None:
+    class Ties(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Linear(6, 6)
+            self.second = nn.Linear(6, 6)
+            self.second.bias = self.first.bias
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.second(self.first(x))
+
+    file = saved(torch.jit.script(Ties()))
+    exported = torch.jit.load(io.BytesIO(export_bytes(composed(file, "first.weight"))))
+    x = torch.randn(2, 6)
     torch.testing.assert_close(exported(x), load_model(file)(x))
-    assert sum(layer.params for layer in find_layers(exported)) == sum(sizes.values())
+    assert sum(value.numel() for value in exported.parameters()) == 2 * 36 + 36 + 6

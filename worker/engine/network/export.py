@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import torch
 
+from worker.engine.network.attributes import without_parameters
 from worker.engine.network.graphs import attribute, attribute_chain, method_names, read_graph, self_value, walk
 from worker.engine.network.load import reload
 from worker.engine.network.parameters import all_parameters
@@ -23,8 +24,7 @@ def export_bytes(module: torch.jit.ScriptModule) -> bytes:
     updated, and train and eval mode behave as before, because the module is frozen in train mode, which keeps every
     `training` flag a question asked at run time. Where torch cannot freeze a model (it picks a module by a computed
     index, or attributes overlap), or would lose what it uses (in a `fork`), its structure is kept whole and the unused
-    parameters are emptied instead, so that their names stay with zero elements. So is a weight beside a bias that
-    stays, where another layer of the same class keeps its weight: torch drops attributes by class.
+    parameters are emptied instead, so that their names stay with zero elements.
 
     The same input gives the same bytes in a fresh process with the same `PYTHONHASHSEED`; within one process type names
     are numbered on, so two exports can differ.
@@ -42,10 +42,13 @@ def export_bytes(module: torch.jit.ScriptModule) -> bytes:
     copy = reload(module, "cpu")
     flags = {name: getattr(submodule, "training", False) for name, submodule in copy.named_modules()}
     try:
-        exported = reload(module, "cpu") if _hands_on(copy) else _freeze(copy.train())
+        frozen = None if _hands_on(copy) else _freeze(copy.train())
     except RuntimeError:
-        exported = reload(module, "cpu")
-    _empty_unused_parameters(exported)
+        frozen = None
+    exported = frozen if frozen is not None else reload(module, "cpu")
+    emptied = _empty_unused_parameters(exported)
+    if frozen is not None:
+        exported = without_parameters(frozen, emptied)
     for name, submodule in exported.named_modules():
         if submodule._c.hasattr("training"):
             submodule.training = flags[name]
@@ -140,8 +143,9 @@ def _used_chains(module: torch.jit.ScriptModule) -> set[str]:
     return used
 
 
-def _empty_unused_parameters(module: torch.jit.ScriptModule) -> None:
+def _empty_unused_parameters(module: torch.jit.ScriptModule) -> list[str]:
     """Empty what no method reaches, by its own name or by another, in a list or in a submodule that is handed on."""
+    emptied: list[str] = []
     parameters = all_parameters(module)
     used = _used_chains(module)
     held = [value for chain in used if isinstance(value := attribute(module, chain), list)]
@@ -152,3 +156,5 @@ def _empty_unused_parameters(module: torch.jit.ScriptModule) -> None:
     for name, tensor in parameters.items():
         if name not in used and tensor.data_ptr() not in kept:
             tensor.data = tensor.data.new_empty(0)
+            emptied.append(name)
+    return emptied
