@@ -27,6 +27,7 @@ from worker.engine.methods.loop import STAGE, Loop, LStep, restore_loop, save_lo
 from worker.engine.rank_rows import changed, step_rows
 from worker.engine.selection.shrinking import FALLS_FROM, FALLS_TO, LossOf, falling_limit, shrink
 from worker.engine.selection.steering import (
+    at_ranks,
     composed,
     fill,
     held_against,
@@ -67,8 +68,11 @@ class LearningCompression:
         while loop.step < method.mu.steps and not loop.settled:
             _step(context, loop, meter)
             context.checkpoint(partial(save_loop, context, loop))
-        targets = _last_targets(context, loop)
-        learned = Learned(loop.module, targets, loop.projections, loop.step, _mu(context, loop, loop.step - 1))
+        targets, mu = _last_targets(context, loop), _mu(context, loop, loop.step - 1)
+        made = loop.projections
+        if loop.step < method.mu.steps:  # what ended early has made no exact step yet
+            made = at_ranks(context.network, targets, made, [each.ranks for each in made], mu)
+        learned = Learned(loop.module, targets, made, loop.step, mu)
         return finish(context, learned, meter, tuning)
 
     def _direct(self, context: Context) -> Outcome:
