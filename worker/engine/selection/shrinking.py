@@ -17,7 +17,7 @@ from torch import Tensor
 from worker.engine.csteps.additive import Projection
 from worker.engine.forms.term import Accuracy, Term
 from worker.engine.layer_problem import LayerProblem
-from worker.engine.selection.steering import Network, at_ranks, at_units, composed
+from worker.engine.selection.steering import AfterLayer, Network, at_ranks, at_units, composed
 
 SLACK = 1.6  # the budget begins at so many times its end, or halfway to the dense network where that is less
 FALLS_FROM, FALLS_TO = 0.3, 0.8  # of the steps; before, ranks are free within the wider budget
@@ -41,6 +41,7 @@ def shrink(
     *,
     mu: float = inf,
     accuracy: Accuracy = Accuracy.EXACT,
+    after_layer: AfterLayer | None = None,
 ) -> list[Projection]:
     """Fit Θ anew at its units, less those that the loss misses least per cost, so that the size meets the limit.
 
@@ -61,9 +62,11 @@ def shrink(
         μ, for penalties that are a term's own.
     accuracy : Accuracy
         Of the closed forms.
+    after_layer : callable, optional
+        Told of every layer that is fitted, before and after units have gone.
     """
     ranks = [list(made.ranks) for made in projections]
-    made = at_ranks(network, weights, projections, ranks, mu, accuracy)
+    made = at_ranks(network, weights, projections, ranks, mu, accuracy, after_layer)
     size = network.size(made)
     if size <= limit:
         return made
@@ -73,7 +76,7 @@ def shrink(
         dropping.offer(index, place, value)
     dropping.run()
     started = [each if used else kept for each, kept, used in zip(trials.begun, made, dropping.opened, strict=True)]
-    return at_ranks(network, weights, started, dropping.ranks, mu, accuracy)
+    return at_ranks(network, weights, started, dropping.ranks, mu, accuracy, after_layer)
 
 
 @dataclass

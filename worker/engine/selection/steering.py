@@ -293,6 +293,7 @@ def at_ranks(
     ranks: Sequence[Sequence[int]],
     mu: float,
     accuracy: Accuracy = Accuracy.EXACT,
+    after_layer: AfterLayer | None = None,
 ) -> list[Projection]:
     """Fit every layer at fixed units, from the given Θ."""
 
@@ -302,7 +303,7 @@ def at_ranks(
             return projection
         return at_units(problem, weights[index], projection, ranks[index], mu, accuracy)
 
-    return _every_layer(one, weights)
+    return _every_layer(one, weights, after_layer)
 
 
 def at_units(
