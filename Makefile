@@ -32,7 +32,7 @@ test: $(INSTALLED)  ## run the tests
 test-crash: $(INSTALLED)  ## the long proofs that no job is lost: kills, stops and cuts (at most 45 minutes)
 	$(ONE_THREAD) $(BIN)/python -m pytest -m full --timeout 1800
 
-test-networks: $(INSTALLED)  ## compress every network of the corpus and use what comes of it (minutes)
+test-networks: $(INSTALLED)  ## compress every network of the corpus and use what comes of it (about 4 minutes on two idle cores)
 	$(ONE_THREAD) $(BIN)/python -m pytest tests/engine/networks -m 'networks or not full' -n $(TEST_WORKERS) --dist worksteal
 
 bench: $(INSTALLED)  ## measure speed against its limits (minutes; wants an idle machine)

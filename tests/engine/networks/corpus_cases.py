@@ -163,7 +163,6 @@ CASES: dict[str, Case] = {
         numbers(3, 12, 12),
         kinds=frozenset({"conv2d", "conv_transpose2d"}),
         compressed=("up",),
-        quick=("scripted",),
     ),
     "convnext": Case(
         ConvNext,
