@@ -17,7 +17,7 @@ from worker.engine.csteps.spectrum import in_working_dtype
 from worker.engine.forms.term import Accuracy, Ask, Counts, Price, Term
 
 STALL_RELATIVE = 1e-5  # a sweep that gains less than this part of the objective ends the alternation
-STALL_WARM = 3e-5  # the same where the next step goes on from this one
+STALL_WARM = 4e-5  # the same where the next step goes on from this one
 SWEEPS_MAX = 10  # the authors' own number; most C steps stall long before
 
 
