@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, PositiveInt, model_validator
 from pydantic_core import PydanticCustomError
 
-from service.contract.numbers import Positive
+from service.contract.numbers import Bounded, Magnitude
 from service.contract.strict import StrictModel
 
 EXAMPLE_ELEMENTS_MAX = 2**32
@@ -17,9 +17,9 @@ class DataSpec(StrictModel):
 
     inputs: str | Annotated[list[str], Field(min_length=1)] = "inputs"
     targets: str | list[str] = "targets"
-    scale: Positive | None = None
-    mean: float | list[float] | None = None
-    std: Positive | list[Positive] | None = None
+    scale: Magnitude | None = None
+    mean: Bounded | list[Bounded] | None = None
+    std: Magnitude | list[Magnitude] | None = None
     layout: Literal["NCHW", "NHWC"] | None = None
 
 

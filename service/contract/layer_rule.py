@@ -42,7 +42,7 @@ class LayerRule(StrictModel):
 
     @model_validator(mode="after")
     def _agrees(self) -> Self:
-        if self.keep and (self.rank or self.min_rank or self.max_rank or self.terms != "auto"):
+        if self.keep and (self.terms != "auto" or {self.rank, self.min_rank, self.max_rank} != {None}):
             raise PydanticCustomError("keep", "keep 'dense' leaves nothing for terms or ranks; remove one of them")
         if self.match.startswith(PARAMETER_PREFIX) and self.kind not in {None, "parameter"}:
             raise PydanticCustomError("kind", "a rule for parameters has no other kind; remove kind")

@@ -2,10 +2,11 @@
 
 from typing import Any, ClassVar
 
-from pydantic import GetCoreSchemaHandler
+from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
+from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
-from service.contract.registered import registered, union_schema
+from service.contract.registered import registered, union_json_schema, union_schema
 from service.contract.strict import StrictModel
 
 GROUP = "rankpress.methods"
@@ -44,6 +45,11 @@ class AnyMethod:
     def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         """Tell methods apart by their type."""
         return union_schema(GROUP, DEFAULT, "method", handler)
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        """The same in words of JSON Schema."""
+        return union_json_schema(DEFAULT, schema, handler)
 
 
 def method_specs() -> dict[str, type[MethodSpec]]:

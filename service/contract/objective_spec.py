@@ -6,7 +6,7 @@ from pydantic import Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from service.contract import ids
-from service.contract.numbers import Positive
+from service.contract.numbers import Magnitude
 from service.contract.strict import StrictModel
 
 OBJECTIVE_PART = "objective"  # the part of a multipart request that brings the module with it
@@ -43,10 +43,10 @@ class Objective(StrictModel):
     loss: NamedLoss | ModuleLoss = "auto"
     metric: NamedMetric = "auto"
     distillation: float = Field(default=0.7, ge=0, le=1)  # weight of T²·KL to the reference's outputs
-    temperature: Positive = 2.0
-    class_dim: int = 1
-    ignore_index: int = -100
-    peak: Positive | None = None  # of a psnr; by default the range of the targets that are trained on
+    temperature: Magnitude = 2.0
+    class_dim: int = Field(default=1, ge=-16, le=15)
+    ignore_index: int = Field(default=-100, ge=-(2**63), lt=2**63)
+    peak: Magnitude | None = None  # of a psnr; by default the range of the targets that are trained on
 
     @model_validator(mode="before")
     @classmethod

@@ -4,7 +4,8 @@ from functools import cache
 from importlib.metadata import entry_points
 from typing import Any
 
-from pydantic import GetCoreSchemaHandler
+from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
+from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, core_schema
 
 
@@ -12,6 +13,15 @@ from pydantic_core import CoreSchema, core_schema
 def registered(group: str) -> dict[str, type[Any]]:
     """Spec classes by their type, in order of the types."""
     return {point.name: point.load() for point in sorted(entry_points(group=group), key=lambda point: point.name)}
+
+
+def union_json_schema(default: str, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+    """JSON Schema of such a field: what is not the default must say its type."""
+    made = handler(schema)
+    for index, (name, branch) in enumerate(zip(schema["choices"], made["oneOf"], strict=True)):
+        if name != default:
+            made["oneOf"][index] = {**branch, "required": ["type"]}
+    return made
 
 
 def union_schema(group: str, default: str, noun: str, handler: GetCoreSchemaHandler) -> CoreSchema:

@@ -15,7 +15,7 @@ from service.contract.objective_spec import Objective
 from service.contract.size_spec import Budget, CostWeights, Metric
 from service.contract.strict import StrictModel
 from service.contract.term_specs import term_specs
-from service.contract.training_spec import FineTune, SgdSpec, Training
+from service.contract.training_spec import SCHEDULES, FineTune, SgdSpec, Training
 
 __all__ = [
     "Budget",
@@ -132,7 +132,7 @@ def parse_spec(raw: object) -> JobSpec:
     except ValidationError as error:
         details = error.errors(include_url=False, include_context=True)
         # Of a union's complaints the one that reaches deepest is the branch the user meant.
-        errors = sorted((_field_error(detail) for detail in details), key=lambda item: -item.pointer.count("/"))
+        errors = sorted(_meant([_field_error(detail) for detail in details]), key=lambda item: -item.pointer.count("/"))
         known = [ErrorCode(item.code) for item in errors if item.code in ErrorCode.__members__]
         code = known[0] if known else ErrorCode.SPEC_INVALID
         first = errors[0]
@@ -142,6 +142,38 @@ def parse_spec(raw: object) -> JobSpec:
 
 
 _UNION_TAGS = frozenset({"constrained-float", "constrained-int", "int", "float", "str", "literal['auto']"})
+_WITHOUT_TAG = frozenset({"union_tag_not_found", "union_tag_invalid", "model_attributes_type"})
+_SHOULD_BE = "Input should be "
+
+
+def _meant(errors: list[FieldError]) -> list[FieldError]:
+    """Leave out what branches of a union say that the user did not mean, and say what several expect in one line."""
+    made: dict[str, FieldError] = {}
+    kept: list[FieldError] = []
+    for error in errors:
+        if not _is_mismatch(error):
+            kept.append(error)
+        elif any(_says_more(other, error) for other in errors):
+            continue
+        elif error.pointer in made:
+            first, (expected, semicolon, found) = made[error.pointer], made[error.pointer].message.partition("; found ")
+            other = error.message.removeprefix(_SHOULD_BE).partition("; found ")[0]
+            made[error.pointer] = FieldError(
+                pointer=first.pointer, code=first.code, message=f"{expected}, or {other}{semicolon}{found}"
+            )
+        else:
+            made[error.pointer] = error
+    return [*kept, *made.values()]
+
+
+def _is_mismatch(error: FieldError) -> bool:
+    """Whether a value is of another kind than a branch takes."""
+    return error.message.startswith(_SHOULD_BE) and (error.code == "literal_error" or error.code.endswith("_type"))
+
+
+def _says_more(other: FieldError, mismatch: FieldError) -> bool:
+    same = other.pointer == mismatch.pointer
+    return (same and not _is_mismatch(other)) or other.pointer.startswith(f"{mismatch.pointer}/")
 
 
 def _field_error(detail: ErrorDetails) -> FieldError:
@@ -155,11 +187,16 @@ def _field_error(detail: ErrorDetails) -> FieldError:
             (part.islower() and part not in _UNION_TAGS and "[" not in part)
             and not (isinstance(before, int) and part in term_specs())
             and not (before == "method" and part in method_specs())
+            and not (str(before).startswith("tagged-union[") and part in SCHEDULES)
         )
     ]
     if detail["type"] == "unknown_field":
         parts.append(str(detail["ctx"]["field"]))
     pointer = "".join(f"/{part.replace('~', '~0').replace('/', '~1')}" for part in parts)
+    if parts[-1:] == ["schedule"] and detail["type"] in _WITHOUT_TAG:
+        known = ", ".join(SCHEDULES)
+        message = f'expected "auto" or an object such as {{"type": "cosine"}}, whose type is one of {known}'
+        return FieldError(pointer=pointer, code="schedule_type", message=message)
     found = detail.get("input")
     shown = f"; found {found!r}" if isinstance(found, (str, int, float, bool)) or found is None else ""
     shown = "" if detail["type"] in {"unknown_field", "missing"} or len(shown) > 100 else shown

@@ -6,10 +6,11 @@ worker loads when it meets the term. So the API knows, checks and describes a te
 
 from typing import Any, ClassVar, Literal
 
-from pydantic import GetCoreSchemaHandler
+from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
+from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
-from service.contract.registered import registered, union_schema
+from service.contract.registered import registered, union_json_schema, union_schema
 from service.contract.strict import StrictModel
 
 Saving = Literal["params", "bytes"]
@@ -56,3 +57,8 @@ class AnyTerm:
     def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         """Tell terms apart by their type."""
         return union_schema(GROUP, DEFAULT, "term", handler)
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        """The same in words of JSON Schema."""
+        return union_json_schema(DEFAULT, schema, handler)

@@ -2,10 +2,10 @@
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import ConfigDict, Field, PositiveInt, model_validator
 from pydantic_core import PydanticCustomError
 
-from service.contract.numbers import MAX_EPOCHS, Auto, Fraction, Magnitude, NonNegative
+from service.contract.numbers import MAX_EPOCHS, Auto, Fraction, Magnitude
 from service.contract.strict import StrictModel
 
 FINE_TUNE_EPOCHS = (5, 30)  # bounds of the automatic number
@@ -19,17 +19,21 @@ class SgdSpec(StrictModel):
     lr: Magnitude | Auto = "auto"  # auto: a short range test on a copy; never above 1/μ in the L step
     momentum: float = Field(default=0.9, ge=0, lt=1)
     nesterov: bool = True
-    weight_decay: NonNegative = 0.0
+    weight_decay: float = Field(default=0.0, ge=0, le=1e12)
     weight_decay_on: Literal["factors", "product"] = "factors"  # of a factored layer: ‖U‖² + ‖V‖², or ‖UV‖²
 
 
-class ConstantSchedule(StrictModel):
+class _TypedSchedule(StrictModel):
+    model_config = ConfigDict(json_schema_extra={"required": ["type"]})  # by which schedules are told apart
+
+
+class ConstantSchedule(_TypedSchedule):
     """The same rate throughout."""
 
     type: Literal["constant"] = "constant"
 
 
-class CosineSchedule(StrictModel):
+class CosineSchedule(_TypedSchedule):
     """Half a cosine, from the rate down to a fraction of it."""
 
     type: Literal["cosine"] = "cosine"
@@ -37,7 +41,7 @@ class CosineSchedule(StrictModel):
     restart: bool = False  # at each L step, else once over all of them
 
 
-class ExponentialSchedule(StrictModel):
+class ExponentialSchedule(_TypedSchedule):
     """Rate × factor^n, n counting epochs, or L steps."""
 
     type: Literal["exponential"] = "exponential"
@@ -55,7 +59,7 @@ class ExponentialSchedule(StrictModel):
         return self
 
 
-class StepSchedule(StrictModel):
+class StepSchedule(_TypedSchedule):
     """The rate falls by a factor at some places, given as fractions of the epochs."""
 
     type: Literal["step"] = "step"
@@ -67,6 +71,7 @@ class StepSchedule(StrictModel):
 Schedule = Annotated[
     ConstantSchedule | CosineSchedule | ExponentialSchedule | StepSchedule, Field(discriminator="type")
 ]
+SCHEDULES = ("constant", "cosine", "exponential", "step")
 
 
 class Augmentation(StrictModel):

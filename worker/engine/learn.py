@@ -13,7 +13,6 @@ from torch import Tensor
 
 from service.contract.errors import ErrorCode, ProblemError
 from service.contract.events import EventKind
-from service.contract.plan import REASON_MEANINGS
 from service.contract.resolve import resolve_at_submit
 from service.contract.spec import JobSpec
 from service.contract.states import Phase
@@ -23,8 +22,8 @@ from worker.engine.data_files import open_arrays
 from worker.engine.device import choose_device
 from worker.engine.examples import example_inputs, suggestion
 from worker.engine.forward import call
-from worker.engine.layer_problem import UNITS, emitted_overhead_bytes
-from worker.engine.layer_rules import Decisions, apply_rules, name_parameters, size_metric
+from worker.engine.layer_problem import emitted_overhead_bytes
+from worker.engine.layer_rules import apply_rules, name_parameters, size_metric
 from worker.engine.methods.context import Context, Outcome
 from worker.engine.methods.registry import method_for
 from worker.engine.network.costs import Census, take_census
@@ -33,6 +32,7 @@ from worker.engine.network.load import load_model
 from worker.engine.network.operators import reject_unsafe_operators
 from worker.engine.objectives import make_objective
 from worker.engine.observer import Observer, Saved
+from worker.engine.refusals import require_problems, require_reachable
 from worker.engine.selection.steering import Network
 from worker.engine.widening import as_inputs, dtype_bits, floating_dtype, widen
 
@@ -137,21 +137,15 @@ def _context(
     observer.layers(decisions.facts)
     for warning in decisions.warnings:
         observer.event(EventKind.WARNING, warning.model_dump(mode="json", exclude_none=True))
-    _require_problems(decisions)
     metric = size_metric(spec)
+    require_problems(decisions, metric)
     total = {"macs": census.total_macs, "params": census.total_params, "bytes": sources.model.stat().st_size}[metric]
     rest = total - sum(problem.dense_size for problem in decisions.problems)
     if metric == "bytes":
         rest += emitted_overhead_bytes(decisions.problems)
     network = Network(tuple(decisions.problems), rest)
     limit = None if spec.budget is None else spec.budget.limit(total)
-    if limit is not None and network.least_size > limit:
-        raise ProblemError(
-            ErrorCode.CONSTRAINT_UNREACHABLE,
-            f"the budget is {limit} {UNITS[metric]}, but with every layer at its lowest rank the network has "
-            f"{network.least_size} ({network.least_size / total:.4f} of the reference's {total}): the rest is in what "
-            "stays dense. Raise the budget, or let more layers or other terms be compressed",
-        )
+    require_reachable(network, limit, total, metric)
     made = make_objective(spec, sources.objective, dataset, reference, device)
     context = Context(
         source=sources.model,
@@ -192,18 +186,6 @@ def _require_numbers(reference: torch.jit.ScriptModule) -> None:
                 ErrorCode.MODEL_UNSUPPORTED,
                 f"parameter '{name}' holds NaN or infinity; train the model to finite weights and upload it again",
             )
-
-
-def _require_problems(decisions: Decisions) -> None:
-    if decisions.problems:
-        return
-    reasons = sorted(set(decisions.dense.values()))
-    shown = "; ".join(f"{reason}: {REASON_MEANINGS[reason]}" for reason in reasons)
-    raise ProblemError(
-        ErrorCode.NO_COMPRESSIBLE_LAYER,
-        f"none of the model's {len(decisions.facts)} layers can be compressed under this spec. {shown or 'It has no '}"
-        f"{'' if shown else 'layer with a weight.'}",
-    )
 
 
 def _leave(sources: Sources, context: Context, outcome: Outcome, examples: Sequence[Tensor]) -> None:

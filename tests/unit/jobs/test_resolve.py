@@ -43,7 +43,7 @@ def test_fine_tuning_takes_as_many_epochs_as_all_l_steps(count: int, per_step: i
         ({"budget": {"max_params": 10}}, "params"),
         ({"method": {"type": "learning_compression", "lambda": 2.0}}, "params"),
         ({**BUDGET, "cost": "params"}, "params"),
-        ({**BUDGET, "cost": {"macs": 1, "params": 2}}, {"macs": 1.0, "params": 2.0}),
+        ({**BUDGET, "cost": {"macs": 1, "params": 2}}, {"macs": 1.0, "params": 2.0, "bytes": 0.0}),
     ],
 )
 def test_cost(spec: dict[str, Any], cost: object) -> None:

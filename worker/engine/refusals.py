@@ -1,0 +1,91 @@
+"""Why a spec makes nothing smaller, said before anything is trained."""
+
+from service.contract.errors import ErrorCode, ProblemError
+from service.contract.plan import REASON_MEANINGS, ReasonCode
+from service.contract.spec import Metric
+from worker.engine.layer_problem import UNITS
+from worker.engine.layer_rules import Decisions
+from worker.engine.selection.steering import Network
+
+
+def require_problems(decisions: Decisions, metric: Metric) -> None:
+    """Refuse a job none of whose layers can be compressed.
+
+    Parameters
+    ----------
+    decisions : Decisions
+        What the rules say of all layers.
+    metric : "macs", "params" or "bytes"
+        What size is counted in.
+
+    Raises
+    ------
+    ProblemError
+        ``NO_COMPRESSIBLE_LAYER``, with every reason, and the rules that decide no layer.
+    """
+    if decisions.problems:
+        return
+    reasons = sorted(set(decisions.dense.values()))
+    said = [f"{reason}: {REASON_MEANINGS[reason]}{_example(decisions, reason)}" for reason in reasons]
+    if ReasonCode.NOT_CHEAPER in reasons and metric != "bytes":
+        said.append(
+            f"Sizes are in {UNITS[metric]} here; codes and single weights save bytes, so they need a budget in bytes."
+        )
+    said += [f"{warning.message}." for warning in decisions.warnings]
+    raise ProblemError(
+        ErrorCode.NO_COMPRESSIBLE_LAYER,
+        f"none of the model's {len(decisions.facts)} layers can be compressed under this spec. "
+        f"{' '.join(said) or 'It has no layer with a weight.'}",
+    )
+
+
+def require_reachable(network: Network, limit: int | None, total: int, metric: Metric) -> None:
+    """Refuse a budget below the least size that the rules leave.
+
+    Parameters
+    ----------
+    network : Network
+        All layer problems.
+    limit : int, optional
+        The budget, in units of the metric.
+    total : int
+        Size of the reference.
+    metric : "macs", "params" or "bytes"
+        What size is counted in.
+
+    Raises
+    ------
+    ProblemError
+        ``CONSTRAINT_UNREACHABLE``, with the least size and what to change.
+    """
+    least = network.least_size
+    if limit is None or least <= limit:
+        return
+    raise ProblemError(
+        ErrorCode.CONSTRAINT_UNREACHABLE,
+        f"the budget is {limit} {UNITS[metric]}, but with every layer at its lowest rank the network has {least} "
+        f"({least / total:.4f} of the reference's {total}): {_why_no_less(least, total, metric)}",
+    )
+
+
+def _why_no_less(least: int, total: int, metric: Metric) -> str:
+    if least < total:
+        return "the rest is in what stays dense. Raise the budget, or let more layers or other terms be compressed"
+    if metric == "bytes":
+        return (
+            "what layers become has code and places in the file, and these take more than is saved. Compress the "
+            'largest layers alone (a rule with "keep": "dense" for the others), or a larger model'
+        )
+    return "what the rules fix saves nothing. Lower ranks and sizes, or leave them out, so that the budget chooses them"
+
+
+def _example(decisions: Decisions, reason: ReasonCode) -> str:
+    """The first layer that a reason holds for, where its kind and shape are the reason."""
+    if reason is not ReasonCode.NO_TERM_APPLICABLE:
+        return ""
+    layer = decisions.layers[next(name for name, why in decisions.dense.items() if why is reason)]
+    terms = ", ".join(f"{drop.index} ({drop.type})" for drop in decisions.dropped[layer.name])
+    shape = "×".join(map(str, layer.weight_shape))
+    return (
+        f" For example {layer.name} is of kind {layer.kind} and has a weight of {shape}; its rule's terms are {terms}."
+    )
