@@ -42,7 +42,7 @@ class GroupSpectrum:
         floor = torch.finfo(torch.float64).eps ** 2 * float(self.energies[:1].sum())
         roots = energies.clamp_min(max(floor, _SMALLEST)).sqrt().sqrt()[:, None]
         if self.matrices.shape[1] <= self.matrices.shape[2]:
-            return Factors(vectors * roots, ((vectors.mT @ self.matrices) / roots.mT).contiguous())
+            return Factors((vectors * roots).contiguous(), ((vectors.mT @ self.matrices) / roots.mT).contiguous())
         return Factors(((self.matrices @ vectors) / roots).contiguous(), (vectors * roots).mT.contiguous())
 
 

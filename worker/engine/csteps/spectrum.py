@@ -43,8 +43,8 @@ class Spectrum:
         vectors = self.vectors[:, :rank]
         roots = roots_of(self.energies)[:rank]
         if self.matrix.shape[0] <= self.matrix.shape[1]:
-            return Factors(vectors * roots, (vectors.T @ self.matrix) / roots[:, None])
-        # Contiguous, as it is once it was saved: products of other layouts may round otherwise.
+            # Contiguous, as they are once they were saved: products of other layouts may round otherwise.
+            return Factors((vectors * roots).contiguous(), (vectors.T @ self.matrix) / roots[:, None])
         return Factors((self.matrix @ vectors) / roots, (vectors * roots).T.contiguous())
 
 

@@ -233,7 +233,9 @@ class PruneTerm(Term):
         if self.norm == "l1":
             radius = warm.radius if warm is not None and warm.radius is not None else self._radius([energies])
             made = self._in_ball(residual, energies, radius, ask.high)
-            return made if self.joint else replace(made, radius=radius)  # a shared one is set by all layers together
+            if self.joint and (warm is None or warm.radius is None):
+                return made  # a shared radius is set by all layers together, at their first C step
+            return replace(made, radius=radius)
         if ask.low == ask.high:
             return self._take(residual, largest(energies, ask.low))
         number = number_above(energies, ask.low, ask.high, *self._prices(ask))
@@ -392,5 +394,5 @@ class PruneTerm(Term):
             rows = values.movedim(axis, 0).reshape(places.numel(), -1)
             norms = rows.norm(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
             shrunk = (rows * (1 - shrinkage / norms).clamp(min=0)).reshape(values.movedim(axis, 0).shape)
-            values = shrunk.movedim(0, axis)
+            values = shrunk.movedim(0, axis).contiguous()  # as it is once it was saved: products may round otherwise
         return Kept(values, places.to(self._position_dtype), self.count)
