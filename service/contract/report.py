@@ -60,7 +60,7 @@ class Fidelity(_Part):
 class BudgetOutcome(_Part):
     """What the size was to be, and what it is."""
 
-    metric: str  # "macs" or "params"
+    metric: str  # "macs", "params" or "bytes"
     limit: int
     reached: int
     fraction_limit: float

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from own_objectives import CASES, Detector, DetectorLoss, TaggerLoss, save_case
-from tiny_jobs import Mlp, archive, quick, save_data, save_model
+from tiny_jobs import Mlp, archive, quick, run_learn, save_data, save_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -18,15 +18,18 @@ from service.contract.spec import DataSpec, Training, parse_spec
 from service.contract.spec import Objective as ObjectiveSpec
 from worker.engine import evaluation, objective_module
 from worker.engine.data import Dataset
+from worker.engine.emission import emit
 from worker.engine.evaluation import evaluate, evaluate_pair, loss_difference, metric_difference
-from worker.engine.learn import Sources, open_dataset
+from worker.engine.learn import Sources, learn, open_dataset
 from worker.engine.methods.learning_rate import loss_limit
 from worker.engine.network.load import load_model
 from worker.engine.objective import Objective
 from worker.engine.objective_module import ModuleObjective, load_objective
 from worker.engine.objectives import make_objective
+from worker.engine.observer import Recorder
 from worker.engine.teacher import Teacher
 from worker.engine.training import Trainer
+from worker.engine.verification import summarise, verify
 
 CPU = torch.device("cpu")
 OWN = {"module": new_id(MODEL)}
@@ -268,6 +271,20 @@ class NegativeCount(TaggerLoss):
         return outputs.sum(), -1
 
 
+class Complex(nn.Module):
+    @torch.jit.export
+    def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
+        return torch.complex(outputs, outputs).sum()
+
+
+class ChangesTargets(nn.Module):
+    @torch.jit.export
+    def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
+        loss = F.binary_cross_entropy_with_logits(outputs, batch["targets"])
+        batch["targets"].zero_()
+        return loss
+
+
 class Saves(nn.Module):
     @torch.jit.export
     def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
@@ -291,6 +308,8 @@ class Saves(nn.Module):
         (NoGradient, ErrorCode.OBJECTIVE_INVALID, "without a gradient"),
         (NotOfOutputs, ErrorCode.OBJECTIVE_INVALID, "without a gradient"),
         (NegativeCount, ErrorCode.OBJECTIVE_INVALID, "not negative"),
+        (Complex, ErrorCode.OBJECTIVE_INVALID, "complex64; expected a real one"),
+        (ChangesTargets, ErrorCode.OBJECTIVE_INVALID, "changes batch['targets'] in place"),
         (Raises, ErrorCode.OBJECTIVE_RAISED, "'targets' (8, 6): "),
         (MetricRaises, ErrorCode.OBJECTIVE_RAISED, "no such metric"),
         (Saves, ErrorCode.MODEL_REJECTED_UNSAFE, "aten::save"),
@@ -308,6 +327,55 @@ def test_what_is_no_objective(module: Callable[[], nn.Module], code: ErrorCode, 
         make_objective(spec, sources.objective, open_dataset(sources, spec, reference), reference, CPU)
     assert caught.value.code == code, caught.value.detail
     assert said in caught.value.detail
+
+
+class InPlace(Mlp):
+    """Its gradient needs what it has changed; without gradients it runs."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.fc1(x).exp()
+        z = y * y
+        y.mul_(2.0)
+        return self.head(self.fc2(z + y))
+
+
+def test_a_network_whose_gradient_raises_is_told_so(tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model.pt", InPlace())
+    data = save_data(tmp_path / "data.npz", model, count=80)
+    with pytest.raises(ProblemError) as caught:
+        run_learn(tmp_path / "work", model, quick(budget={"max_params_fraction": 0.6}), data)
+    assert caught.value.code == ErrorCode.MODEL_RAISED
+    assert "inplace operation" in caught.value.detail
+
+
+class CountsNothing(CrossEntropy):
+    @torch.jit.export
+    def metric(self, outputs: Tensor, batch: Batch) -> tuple[Tensor, int]:
+        return outputs.sum() * 0, 0
+
+
+@pytest.mark.parametrize("distillation", [0.0, 0.5])
+def test_a_job_whose_metric_counts_nothing_has_a_report_without_it(distillation: float, tmp_path: Path) -> None:
+    """With the mix too; a batch larger than the data is timed as large as the data."""
+    model = save_model(tmp_path / "model.pt", Mlp(hidden=64))
+    data = save_data(tmp_path / "data.npz", model, count=60)
+    objective = tmp_path / "objective.pt"
+    objective.write_bytes(archive(CountsNothing()))
+    spec = quick(
+        budget={"max_params_fraction": 0.5},
+        method={"mu": {"steps": 1}},
+        training={"batch_size": 10**12},
+        objective={"loss": {"module": "objective"}, "distillation": distillation},
+    )
+    sources = Sources(model, data, "npz", tmp_path, objective)
+    learn(sources, parse_spec(spec), Recorder())
+    emit(model, tmp_path)
+    report = verify(sources, parse_spec(spec), {}, list)
+    assert (report.metric_name, report.compressed.metric) == ("metric", None)
+    assert [each.name for each in report.differences] == ["loss"]
+    assert "METRIC_UNDEFINED" in {warning.code for warning in report.warnings}
+    assert max(each.batch_size for each in report.compressed.latencies) <= 60
+    assert summarise(report).metric_difference is None
 
 
 def test_a_file_that_is_no_archive_is_damaged(tmp_path: Path) -> None:

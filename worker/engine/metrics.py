@@ -17,6 +17,13 @@ TOP = 5
 PSNR_DECIBELS_MAX = 100.0  # of a sample that is exact but for rounding
 
 
+EXPONENT_MAX = 700.0  # of a perplexity: beyond it float64 ends
+
+
+def _bounded_exp(mean: float) -> float:
+    return exp(min(mean, EXPONENT_MAX))
+
+
 @dataclass(frozen=True)
 class Metric:
     """A metric: its value over a part is `value_of`(Σ sums / Σ counts) of its units.
@@ -42,7 +49,7 @@ METRICS = {
     for metric in (
         Metric("accuracy", higher_is_better=True),
         Metric("top5", higher_is_better=True),
-        Metric("perplexity", higher_is_better=False, value_of=exp, slope_of=exp),
+        Metric("perplexity", higher_is_better=False, value_of=_bounded_exp, slope_of=_bounded_exp),
         Metric("mse", higher_is_better=False),
         Metric("psnr", higher_is_better=True),
         Metric("relative_output_error", higher_is_better=False),

@@ -131,6 +131,8 @@ class ModuleObjective(Objective):
         made: Tensor = self._call("loss", raw, arrays)
         if made.dim() != 0:
             raise _invalid(f"loss gave a tensor of shape {tuple(made.shape)}; expected a scalar: take its mean")
+        if made.is_complex():
+            raise _invalid(f"loss gave a number of dtype {made.dtype}; expected a real one")
         return made
 
     def _scores(self, raw: Any, arrays: Mapping[str, Tensor], size: int) -> tuple[float, float, float, float]:
@@ -148,17 +150,16 @@ class ModuleObjective(Objective):
         return float(values[0]), float(values[1])
 
     def _call(self, method: str, raw: Any, arrays: Mapping[str, Tensor]) -> Any:
+        given = {"outputs": flatten(raw)} | {f"batch['{name}']": (array,) for name, array in arrays.items()}
+        versions = {name: [tensor._version for tensor in tensors] for name, tensors in given.items()}
         try:
-            return getattr(self._module, method)(raw, dict(arrays))
+            made = getattr(self._module, method)(raw, dict(arrays))
         except RAISED as error:
-            if out_of_memory(error):
-                raise
-            shown = ", ".join(f"'{name}' {tuple(array.shape)}" for name, array in arrays.items())
-            outputs = ", ".join(str(tuple(output.shape)) for output in flatten(raw))
-            raise ProblemError(
-                ErrorCode.OBJECTIVE_RAISED,
-                f"{method} raised for outputs {outputs} and batch {shown}: {message_of(error)}. {_ADVICE}",
-            ) from None
+            raise _raised(method, raw, arrays, error) from None
+        for name, tensors in given.items():
+            if versions[name] != [tensor._version for tensor in tensors]:
+                raise _invalid(f"{method} changes {name} in place; let it work on a clone()")
+        return made
 
     def _check_types(self, raw: Any) -> None:
         given = torch._C._jit_try_infer_type(raw)
@@ -185,7 +186,10 @@ class ModuleObjective(Objective):
                     "loss gives a number without a gradient with respect to outputs: nothing can be learned from it. "
                     "Use differentiable operators, and neither detach, item, argmax nor comparisons on the way to it"
                 )
-            torch.autograd.backward([loss])
+            try:
+                torch.autograd.backward([loss])
+            except RAISED as error:
+                raise _raised("the gradient of loss", raw, arrays, error) from None
         gradients = [leaf.grad for leaf in flatten(leaves) if leaf.grad is not None]
         if not gradients:
             raise _invalid("loss has a gradient, but none with respect to outputs; compute it from them")
@@ -258,6 +262,18 @@ def _pieces(raw: Any, arrays: Mapping[str, Tensor], size: int, unit: int) -> lis
 def _joined(units: Sequence[tuple[float, float, float, float]]) -> UnitScores:
     losses, sums, counts, samples = torch.tensor(units, dtype=torch.float64).unbind(dim=1)
     return UnitScores(losses, sums, counts, samples)
+
+
+def _raised(what: str, raw: Any, arrays: Mapping[str, Tensor], error: Exception) -> Exception:
+    """What a module's own code raised, as a problem; running out of memory is left as it is."""
+    if out_of_memory(error):
+        return error
+    shown = ", ".join(f"'{name}' {tuple(array.shape)}" for name, array in arrays.items())
+    outputs = ", ".join(str(tuple(output.shape)) for output in flatten(raw))
+    return ProblemError(
+        ErrorCode.OBJECTIVE_RAISED,
+        f"{what} raised for outputs {outputs} and batch {shown}: {message_of(error)}. {_ADVICE}",
+    )
 
 
 def _invalid(what: str) -> ProblemError:

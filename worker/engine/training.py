@@ -14,7 +14,7 @@ from worker.engine.augmentation import Augmenter, Moves
 from worker.engine.data import Batch, Dataset, epoch_order
 from worker.engine.decay import ProductDecay, factor_pairs
 from worker.engine.device import restore_random_states
-from worker.engine.forward import call_nested, out_of_memory
+from worker.engine.forward import RAISED, call_nested, message_of, out_of_memory
 from worker.engine.objective import Objective
 from worker.engine.precision import Precision
 from worker.engine.teacher import Teacher
@@ -293,8 +293,18 @@ class Trainer:
         if share < 1:
             loss = loss * share
         if loss.requires_grad:
-            self.precision.backward(loss)
+            self._differentiate(loss)
         return loss.detach()
+
+    def _differentiate(self, loss: Tensor) -> None:
+        try:
+            self.precision.backward(loss)
+        except RAISED as error:  # of a network that changes in place what its gradient needs, for one
+            if out_of_memory(error):
+                raise
+            raise ProblemError(
+                ErrorCode.MODEL_RAISED, f"the gradient of the network and its loss raised: {message_of(error)}"
+            ) from None
 
     def _wanted(self, piece: Batch, positions: np.ndarray, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
         """What the reference answers: to augmented inputs now, else from what it keeps."""

@@ -2,9 +2,10 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
+from math import isfinite
 from pathlib import Path
 from platform import machine, processor, python_version
 from typing import Any
@@ -99,7 +100,7 @@ def verify(
     scored = _scores(spec, sources.objective, dataset, pair, device)
     latencies = [
         measure_latency([pair.reference, pair.compressed], examples, size)
-        for size in sorted({1, spec.training.batch_size if dataset is not None else len(examples[0])})
+        for size in sorted({1, _batch_size(spec, dataset, examples)})
     ]
     agreement, relative = _against_reference(pair, expected, spec.objective.class_dim, device)
     warnings = [ReportWarning.model_validate(each) for each in plan["warnings"]]
@@ -161,12 +162,19 @@ class Scored:
         made = [metric_difference(self.compressed, self.reference)]
         if made[0].name not in _METRICS_THAT_ARE_LOSSES:
             made.append(loss_difference(self.compressed, self.reference))
-        return made if self.agreement is None else [*made, self.agreement]
+        if self.agreement is not None:
+            made.append(self.agreement)
+        return [each for each in made if isfinite(each.difference) and isfinite(each.low) and isfinite(each.high)]
+
+    @property
+    def metric_is_known(self) -> bool:
+        """Whether both networks have the metric: one that counts nothing on the part has no value."""
+        return isfinite(self.reference.metric) and isfinite(self.compressed.metric)
 
 
 def summarise(report: Report) -> ResultSummary:
     """Take the few numbers out of a report that a job carries."""
-    difference = report.differences[0] if report.differences else None
+    difference = next((each for each in report.differences if each.name == report.metric_name), None)
     return ResultSummary(
         params_fraction=report.params_fraction,
         macs_fraction=report.macs_fraction,
@@ -251,7 +259,7 @@ def _scores(
     compressed, reference = evaluate_pair(pair.compressed, pair.reference, dataset, objective, teacher, device)
     part = "test" if dataset.report_is_test else "report"
     agreement = None
-    if objective.loss_name == "distillation" and teacher is not None:
+    if objective.spec.loss == "distillation" and teacher is not None:
         agreement = agreement_difference(pair.compressed, dataset, objective, teacher, device)
     return Scored(part, reference, compressed, agreement)
 
@@ -281,9 +289,18 @@ def _measured(
         macs=sizes["macs"],
         file_bytes=path.stat().st_size,
         latencies=latencies,
-        loss=None if scores is None else scores.loss,
-        metric=None if scores is None else scores.metric,
+        loss=None if scores is None else _finite(scores.loss),
+        metric=None if scores is None else _finite(scores.metric),
     )
+
+
+def _finite(value: float) -> float | None:
+    return value if isfinite(value) else None
+
+
+def _batch_size(spec: JobSpec, dataset: Dataset | None, examples: Sequence[Tensor]) -> int:
+    """What training works with, or the example."""
+    return len(examples[0]) if dataset is None else min(spec.training.batch_size, dataset.size("train"))
 
 
 def _warnings(latencies: list[list[Latency]], device: torch.device, scored: Scored | None) -> list[ReportWarning]:
@@ -297,6 +314,14 @@ def _warnings(latencies: list[list[Latency]], device: torch.device, scored: Scor
         for reference, compressed in latencies
         if compressed.median_ms > LATENCY_SLOWER_RATIO * reference.median_ms
     ]
+    if scored is not None and not scored.metric_is_known:
+        warnings.append(
+            ReportWarning(
+                code="METRIC_UNDEFINED",
+                message=f"{scored.compressed.metric_of.name} has no value on the {scored.part} part: what it counts is "
+                "not there, or a sum is not finite",
+            )
+        )
     if scored is not None and scored.part != "test":
         warnings.append(
             ReportWarning(
