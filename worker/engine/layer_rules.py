@@ -212,8 +212,11 @@ def _choice(
         return refusal.form, refusal.reason
     if any(other.term.key == term.key for other in before):
         return term.form, ReasonCode.TERMS_NOT_DISTINCT
-    if group is not None:  # what its layers share is decided by them together
-        return TermChoice(term, pricing.price, 0, term.units_max, joint_group=group, given=True)
+    if group is not None:  # what its layers share is decided by them together; only a number of values is known
+        low = term.units_max if term.units_asked(spec) == (term.units_max, term.units_max) else 0
+        if low > highest_units(term, pricing.metric):
+            return term.form, ReasonCode.NOT_CHEAPER
+        return TermChoice(term, pricing.price, low, term.units_max, joint_group=group, given=True)
     return _bounded(term, spec, rule, pricing)
 
 

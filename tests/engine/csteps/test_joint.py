@@ -83,3 +83,19 @@ def test_layers_without_a_joint_term_stay_as_they_are() -> None:
     layers = [layer(weight, LowRankTermSpec(reshape="matrix", rank=3)) for weight in given]
     alone = [project(weight, each.choices, 0.0) for weight, each in zip(given, layers, strict=True)]
     assert project_jointly(layers, given, alone, 0.0) == alone
+
+
+def test_a_shared_radius_stays_what_the_first_step_made_it() -> None:
+    given = weights()
+    layers = [layer(weight, PruneTermSpec(norm="l1", keep_fraction=0.3, joint=True)) for weight in given]
+    first = jointly(layers, given)
+    moved = [
+        (weight + each.choices[0].term.project(made.factors[0]).float()) / 2
+        for weight, each, made in zip(given, layers, first, strict=True)
+    ]
+    alone = [
+        project(weight, each.choices, 0.0, warm=made.factors)
+        for weight, each, made in zip(moved, layers, first, strict=True)
+    ]
+    again = project_jointly(layers, moved, alone, 0.0)
+    assert [made.factors[0].radius for made in again] == [made.factors[0].radius for made in first]

@@ -226,7 +226,15 @@ def _c_step(context: Context, loop: Loop, targets: Sequence[Tensor], mu: float) 
     if share > FALLS_FROM:
         loss_of = _trial_loss(context, loop)
         made = shrink(
-            network, targets, loop.projections, limit, loss_of, mu=mu, accuracy=accuracy, after_layer=after_layer
+            network,
+            targets,
+            loop.projections,
+            limit,
+            loss_of,
+            pressure=pressure,
+            mu=mu,
+            accuracy=accuracy,
+            after_layer=after_layer,
         )
         if network.size(made) <= limit:
             return fill(network, targets, made, limit, mu=mu, accuracy=accuracy) if last else made, pressure

@@ -44,6 +44,12 @@ class Curve:
         energies = tuple(term.energies(weight.double()).cpu() if term.graded else None for term in terms)
         return cls(problem, terms, energies, float(weight.double().square().sum()))
 
+    @property
+    def known(self) -> bool:
+        """Whether energies or the spec tell the size of every term; others count as their least."""
+        pairs = zip(self.problem.choices, self.energies, strict=True)
+        return all(choice.given or choice.fixed or energies is not None for choice, energies in pairs)
+
     def size(self, pressure: float) -> int:
         """Size of the layer with its best single graded term and what is not graded, or dense, at 2λ/μ."""
         best, size = float("inf"), self.problem.least_size

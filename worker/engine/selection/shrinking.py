@@ -17,7 +17,7 @@ from torch import Tensor
 from worker.engine.csteps.additive import Projection
 from worker.engine.forms.term import Accuracy, Term
 from worker.engine.layer_problem import LayerProblem
-from worker.engine.selection.steering import AfterLayer, Network, at_ranks, at_units, composed
+from worker.engine.selection.steering import AfterLayer, Network, at_ranks, at_units, composed, refitted
 
 SLACK = 1.6  # the budget begins at so many times its end, or halfway to the dense network where that is less
 FALLS_FROM, FALLS_TO = 0.3, 0.8  # of the steps; before, ranks are free within the wider budget
@@ -39,6 +39,7 @@ def shrink(
     limit: int,
     loss_of: LossOf,
     *,
+    pressure: float = 0.0,
     mu: float = inf,
     accuracy: Accuracy = Accuracy.EXACT,
     after_layer: AfterLayer | None = None,
@@ -58,6 +59,8 @@ def shrink(
     loss_of : callable
         Loss of the network with its own W, but for one layer's, to which a change is added. W is what was trained;
         where all layers are Θ at once, the loss of that would drown what one unit is worth.
+    pressure : float
+        2λ/μ, for terms that are not graded: they choose their sizes themselves.
     mu : float
         μ, for penalties that are a term's own.
     accuracy : Accuracy
@@ -65,8 +68,7 @@ def shrink(
     after_layer : callable, optional
         Told of every layer that is fitted, before and after units have gone.
     """
-    ranks = [list(made.ranks) for made in projections]
-    made = at_ranks(network, weights, projections, ranks, mu, accuracy, after_layer)
+    made = refitted(network, weights, projections, pressure, mu, accuracy, after_layer)
     size = network.size(made)
     if size <= limit:
         return made
@@ -119,7 +121,7 @@ class _Trials:
                 rise = max(self._loss(index, tried, begun) - base, _TINIEST)
                 slope = rise / max(tried.error - begun.error, _TINIEST)
                 energies = term.energies(term.project(begun.factors[place]).to(torch.float64))[least:units]
-                found.append((index, place, [slope * float(energy) for energy in energies.flip(0)]))
+                found.append((index, place, (slope * energies.flip(0)).tolist()))
         return found
 
     def _loss(self, index: int, tried: Projection, before: Projection | None) -> float:

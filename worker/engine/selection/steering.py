@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from worker.engine.csteps.additive import Projection, project
+from worker.engine.csteps.additive import Projection, TermChoice, project
 from worker.engine.csteps.joint import project_jointly
 from worker.engine.csteps.parallel import map_layers
 from worker.engine.forms.term import Accuracy, Term
@@ -20,6 +20,7 @@ NEARLY = 0.97  # of the limit: what is left is filled rank by rank
 STRIDE = 2.0  # between pressures while the limit is not bracketed
 TRIES_MAX = 12
 LOWERINGS_MAX = 4  # once W has emptied its tails, lower pressures find nothing more
+CLOSE = 1.01  # ratio of pressures: nothing between them is worth another try
 PROHIBITIVE = 1e30
 POLISH_SWEEPS = 3
 Thetas = Sequence[Any]  # Θ of each term of one layer
@@ -165,8 +166,10 @@ def pressure_for(
     accuracy : Accuracy
         Of the closed forms.
     """
+    rough = False
     if start is None:
-        start = estimate_pressure(curves_of(network.problems, weights), network.rest, limit)
+        curves = curves_of(network.problems, weights)
+        start, rough = estimate_pressure(curves, network.rest, limit), not all(curve.known for curve in curves)
     pressure, factor = start, STRIDE
     feasible: tuple[float, list[Projection]] | None = None
     infeasible: float | None = None
@@ -176,14 +179,17 @@ def pressure_for(
         if size <= limit:
             if feasible is None or size >= network.size(feasible[1]):
                 feasible = (pressure, made)
-            if size >= NEARLY * limit or (infeasible is None and tries >= LOWERINGS_MAX):
+            done = _saturated(network, made) or (tries >= LOWERINGS_MAX and not rough)
+            if size >= NEARLY * limit or (infeasible is None and done):
                 break
         else:
             infeasible = pressure
         if feasible is None:
             pressure, factor = pressure * factor, factor * STRIDE
         elif infeasible is None:
-            pressure /= STRIDE
+            pressure, factor = pressure / factor, factor * (STRIDE if rough else 1)
+        elif feasible[0] <= CLOSE * infeasible:
+            break
         else:
             pressure = sqrt(feasible[0] * infeasible)
     if feasible is None:  # only the least ranks are left
@@ -191,15 +197,32 @@ def pressure_for(
     return feasible
 
 
+def _saturated(network: Network, projections: Sequence[Projection]) -> bool:
+    """Whether no lower pressure makes the network larger: every term has all of its units, or they are given."""
+    return all(
+        made.dense
+        or all(
+            choice.given or rank >= choice.rank_high for choice, rank in zip(problem.choices, made.ranks, strict=True)
+        )
+        for problem, made in zip(network.problems, projections, strict=True)
+    )
+
+
 def least_projections(network: Network, weights: Sequence[Tensor], mu: float = inf) -> list[Projection]:
-    """Fit every layer at its least size in the metric, whatever the cost C says."""
+    """Fit every layer at its least size in the metric, whatever the cost C says; what the spec gives stays as it is."""
     made = []
     for problem, weight in zip(network.problems, weights, strict=True):
-        ranks = problem.least_ranks
-        fixed = [choice.at_rank(rank) for choice, rank in zip(problem.choices, ranks, strict=True)]
-        least = project(weight, fixed, PROHIBITIVE, mu=mu, sweeps=POLISH_SWEEPS)
-        made.append(replace(least, dense=problem.size_with(least) > problem.dense_size))
-    return made
+        choices = [
+            choice if choice.given else choice.at_rank(rank)
+            for choice, rank in zip(problem.choices, problem.least_ranks, strict=True)
+        ]
+        low = problem.rank_total_low
+        made.append(project(weight, choices, PROHIBITIVE, mu=mu, sweeps=POLISH_SWEEPS, rank_total_low=low))
+    joined = project_jointly(network.problems, weights, made, PROHIBITIVE, mu)
+    return [
+        replace(least, dense=problem.size_with(least) > problem.dense_size)
+        for problem, least in zip(network.problems, joined, strict=True)
+    ]
 
 
 def fill(
@@ -304,6 +327,40 @@ def at_ranks(
         return at_units(problem, weights[index], projection, ranks[index], mu, accuracy)
 
     return _every_layer(one, weights, after_layer)
+
+
+def refitted(
+    network: Network,
+    weights: Sequence[Tensor],
+    projections: Sequence[Projection],
+    pressure: float,
+    mu: float,
+    accuracy: Accuracy = Accuracy.EXACT,
+    after_layer: AfterLayer | None = None,
+) -> list[Projection]:
+    """Fit every layer anew at its units, from the given Θ; terms that are not graded choose theirs at the pressure."""
+
+    def one(index: int) -> Projection:
+        problem, projection = network.problems[index], projections[index]
+        if projection.dense:
+            return projection
+        start = projection.factors
+        held = [_held_by_units(choice, theta) for choice, theta in zip(problem.choices, start, strict=True)]
+        if all(held):
+            return at_units(problem, weights[index], projection, projection.ranks, mu, accuracy)
+        choices = [
+            choice.settled(theta).at_rank(theta.units) if by_units else choice
+            for choice, theta, by_units in zip(problem.choices, start, held, strict=True)
+        ]
+        return project(weights[index], choices, pressure, mu=mu, warm=start, sweeps=POLISH_SWEEPS, accuracy=accuracy)
+
+    made = _every_layer(one, weights, after_layer)
+    return project_jointly(network.problems, weights, made, pressure, mu)
+
+
+def _held_by_units(choice: TermChoice, theta: Any) -> bool:
+    """Whether a number of units says what a term may be, and no other layer has a part in it."""
+    return choice.joint_group is None and (choice.fixed or choice.term.settled(theta).graded)
 
 
 def at_units(
