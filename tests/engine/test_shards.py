@@ -95,15 +95,17 @@ def test_arrays_numbers_and_several_inputs(tmp_path: Path) -> None:
             (f"./{number}.targets.json", json.dumps([number, 0.5]).encode()),
             (f"./{number}.note.txt", b"not read"),
             (f"./{number}.count.json", b"7"),
+            (f"./{number}.large.json", str(2**60).encode()),
         )
     ]
     made = opened(tar(tmp_path / "data.tar", members))
-    assert set(made) == {"inputs.left", "inputs.right", "targets", "count"}
+    assert set(made) == {"inputs.left", "inputs.right", "targets", "count", "large"}
     np.testing.assert_array_equal(made["inputs.left"], x)
     np.testing.assert_array_equal(made["inputs.right"], x > 0)
     np.testing.assert_array_equal(made["targets"], [[n, 0.5] for n in range(5)])
     assert made["count"].dtype == np.int64
     assert made["count"].tolist() == [7] * 5
+    assert made["large"].dtype == np.float64  # it was read as such, so it is no exact class
 
 
 def test_grey_pictures(tmp_path: Path) -> None:

@@ -32,6 +32,7 @@ _DECODED_BYTES_FREE = 1024**3
 _FIELDS_MAX = 64
 _PARTS = ("val", "test")
 _CONVERT_NUMBERS = 1 << 20
+_WHOLE_MAX = 2**53  # beyond it float64, in which numbers are laid out, has gaps
 # What Pillow and NumPy raise for bytes that are no image and no array.
 _UNREADABLE = (
     OSError,
@@ -280,7 +281,9 @@ def _is_numbers(data: bytes) -> bool:
 
 
 def _is_whole(numbers: Any) -> bool:
-    return isinstance(numbers, int) or (isinstance(numbers, list) and all(_is_whole(each) for each in numbers))
+    if isinstance(numbers, list):
+        return all(_is_whole(each) for each in numbers)
+    return isinstance(numbers, int) and abs(numbers) < _WHOLE_MAX
 
 
 def _made_whole(grown: _Field) -> str:
