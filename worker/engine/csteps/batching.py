@@ -75,9 +75,9 @@ def _decompose(group: list[_Request]) -> None:
     try:
         grams = torch.stack([request.gram for request in group])
         if group[0].vectors:
-            energies, vectors = torch.linalg.eigh(grams)
+            energies, vectors = _eigh(grams)
         else:
-            energies = torch.linalg.eigvalsh(grams)
+            energies = _eigvalsh(grams)
             vectors = energies.new_zeros(len(group), 0)
         for request, own, basis in zip(group, energies, vectors, strict=True):
             request.made = (own, basis)
@@ -102,8 +102,7 @@ def eigh(gram: Tensor) -> Pairs:
     part: tuple[Batch, int] | None = getattr(_own, "part", None)
     if part is not None:
         return part[0].decompose(part[1], gram, vectors=True)
-    energies, vectors = torch.linalg.eigh(gram)
-    return energies, vectors
+    return _eigh(gram)
 
 
 def eigvalsh(gram: Tensor) -> Tensor:
@@ -111,5 +110,29 @@ def eigvalsh(gram: Tensor) -> Tensor:
     part: tuple[Batch, int] | None = getattr(_own, "part", None)
     if part is not None:
         return part[0].decompose(part[1], gram, vectors=False)[0]
-    energies: Tensor = torch.linalg.eigvalsh(gram)
-    return energies
+    return _eigvalsh(gram)
+
+
+def _eigh(gram: Tensor) -> Pairs:
+    """Decompose; a float32 matrix that fails to converge, as rounding alone may, is tried again in float64."""
+    try:
+        energies, vectors = torch.linalg.eigh(gram)
+        if gram.dtype == torch.float64 or bool(torch.isfinite(energies).all()):  # LAPACK gives NaN without an error too
+            return energies, vectors
+    except torch.linalg.LinAlgError:
+        if gram.dtype == torch.float64:
+            raise
+    energies, vectors = torch.linalg.eigh(gram.double())
+    return energies.to(gram.dtype), vectors.to(gram.dtype)
+
+
+def _eigvalsh(gram: Tensor) -> Tensor:
+    try:
+        energies: Tensor = torch.linalg.eigvalsh(gram)
+        if gram.dtype == torch.float64 or bool(torch.isfinite(energies).all()):
+            return energies
+    except torch.linalg.LinAlgError:
+        if gram.dtype == torch.float64:
+            raise
+    wide: Tensor = torch.linalg.eigvalsh(gram.double())
+    return wide.to(gram.dtype)
