@@ -194,6 +194,6 @@ class StageWatch:
         seconds = self._limits.first_forward_seconds
         return failed(
             ErrorCode.TIMEOUT,
-            f"the model's forward did not return in {seconds:g} seconds: look for a loop that does not end, "
-            "or raise deadlines.first_forward_seconds",
+            f"the model's forward did not return in {seconds:g} seconds, or the loss module that the job brings did "
+            "not: look for a loop that does not end, or raise deadlines.first_forward_seconds",
         )

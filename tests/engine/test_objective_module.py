@@ -329,6 +329,17 @@ def test_what_is_no_objective(module: Callable[[], nn.Module], code: ErrorCode, 
     assert said in caught.value.detail
 
 
+def test_a_module_is_tried_while_the_first_calls_are_timed(tmp_path: Path) -> None:
+    model, data, objective = save_case(CASES["tagger"], tmp_path, count=40)
+    objective.write_bytes(archive(Raises()))
+    recorder = Recorder()
+    spec = parse_spec(quick(budget={"max_params_fraction": 0.5}, objective={"loss": {"module": "objective"}}))
+    with pytest.raises(ProblemError):
+        learn(Sources(model, data, "npz", tmp_path, objective), spec, recorder)
+    assert recorder.phases[-1] == "inspecting"
+    assert not recorder.facts  # what ends the time that is allowed
+
+
 class InPlace(Mlp):
     """Its gradient needs what it has changed; without gradients it runs."""
 

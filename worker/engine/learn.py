@@ -30,10 +30,12 @@ from worker.engine.network.costs import Census, take_census
 from worker.engine.network.layers import Layer, find_layers
 from worker.engine.network.load import load_model
 from worker.engine.network.operators import reject_unsafe_operators
+from worker.engine.objective import Objective
 from worker.engine.objectives import make_objective
 from worker.engine.observer import Observer, Saved
 from worker.engine.refusals import require_problems, require_reachable
 from worker.engine.selection.steering import Network
+from worker.engine.teacher import Teacher
 from worker.engine.widening import as_inputs, dtype_bits, floating_dtype, widen
 
 FINAL_STATE = "final.safetensors"
@@ -95,7 +97,9 @@ def learn(sources: Sources, spec: JobSpec, observer: Observer, saved: Saved | No
     observer.phase(Phase.INSPECTING)
     examples = as_inputs(example_inputs(spec, dataset, device), reference)
     census = as_stored(take_census(reference, tuple(x[:1] for x in examples)), stored_bits)
-    context = _context(sources, spec, observer, device, census, dataset, reference, examples, saved)
+    # Before the layers are told, which ends the time that a first call may take: a loss module may loop for ever too.
+    made = make_objective(spec, sources.objective, dataset, reference, device)
+    context = _context(sources, spec, observer, device, census, dataset, made, examples, saved)
     del saved  # the context lets go of it
     outcome = method_for(spec.method.type).run(context)
     _leave(sources, context, outcome, examples)
@@ -129,7 +133,7 @@ def _context(
     device: torch.device,
     census: Census,
     dataset: Dataset | None,
-    reference: torch.jit.ScriptModule,
+    made: tuple[Objective, Teacher | None] | None,
     examples: Sequence[Tensor],
     saved: Saved | None,
 ) -> Context:
@@ -146,7 +150,6 @@ def _context(
     network = Network(tuple(decisions.problems), rest)
     limit = None if spec.budget is None else spec.budget.limit(total)
     require_reachable(network, limit, total, metric)
-    made = make_objective(spec, sources.objective, dataset, reference, device)
     context = Context(
         source=sources.model,
         spec=spec,
