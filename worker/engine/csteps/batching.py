@@ -119,7 +119,7 @@ def _eigh(gram: Tensor) -> Pairs:
         energies, vectors = torch.linalg.eigh(gram)
         if gram.dtype == torch.float64 or bool(torch.isfinite(energies).all()):  # LAPACK gives NaN without an error too
             return energies, vectors
-    except torch.linalg.LinAlgError:
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
         if gram.dtype == torch.float64:
             raise
     energies, vectors = torch.linalg.eigh(gram.double())
@@ -131,7 +131,7 @@ def _eigvalsh(gram: Tensor) -> Tensor:
         energies: Tensor = torch.linalg.eigvalsh(gram)
         if gram.dtype == torch.float64 or bool(torch.isfinite(energies).all()):
             return energies
-    except torch.linalg.LinAlgError:
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
         if gram.dtype == torch.float64:
             raise
     wide: Tensor = torch.linalg.eigvalsh(gram.double())

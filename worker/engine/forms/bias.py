@@ -9,9 +9,11 @@ from worker.engine.forms.geometry import CONVOLUTIONS, TRANSPOSED, Geometry
 class BiasRow(nn.Module):
     """The bias for every vector of the last axis: ``(…, n)`` → ``(…, m)``."""
 
+    bias: Tensor
+
     def __init__(self, bias: Tensor, *, trained: bool) -> None:
         super().__init__()
-        self.bias = nn.Parameter(bias, requires_grad=trained)
+        _hold(self, bias, trained=trained)
 
     def forward(self, x: Tensor) -> Tensor:
         """Repeat the bias."""
@@ -21,9 +23,11 @@ class BiasRow(nn.Module):
 class BiasEntry(nn.Module):
     """The bias for every index: an embedding of rank 0, ``(…)`` → ``(…, d)``."""
 
+    bias: Tensor
+
     def __init__(self, bias: Tensor, *, trained: bool) -> None:
         super().__init__()
-        self.bias = nn.Parameter(bias, requires_grad=trained)
+        _hold(self, bias, trained=trained)
 
     def forward(self, x: Tensor) -> Tensor:
         """Repeat the bias."""
@@ -37,9 +41,11 @@ class BiasMap(nn.Module):
     (L − 1)s − 2p + d(k − 1) + o + 1.
     """
 
+    bias: Tensor
+
     def __init__(self, bias: Tensor, geometry: Geometry, *, trained: bool) -> None:
         super().__init__()
-        self.bias = nn.Parameter(bias, requires_grad=trained)
+        _hold(self, bias, trained=trained)
         self.kernel = list(geometry.kernel)
         self.stride = list(geometry.stride)
         self.same = geometry.padding == "same"
@@ -96,6 +102,14 @@ def bias_alone(geometry: Geometry, bias: Tensor | None, dtype: torch.dtype) -> n
     if geometry.kind in (*CONVOLUTIONS, *TRANSPOSED):
         return BiasMap(held, geometry, trained=trained)
     return BiasEntry(held, trained=trained) if geometry.kind == "embedding" else BiasRow(held, trained=trained)
+
+
+def _hold(module: nn.Module, bias: Tensor, *, trained: bool) -> None:
+    """Hold a bias as a parameter; zeros in place of one are no parameter of the network."""
+    if trained:
+        module.bias = nn.Parameter(bias)
+    else:
+        module.register_buffer("bias", bias)
 
 
 def _outputs(geometry: Geometry) -> int:
