@@ -1,6 +1,7 @@
 """The reference networks and datasets that a benchmark is given in a folder, as the files that a job takes."""
 
 import io
+import os
 import tarfile
 from pathlib import Path
 
@@ -126,9 +127,12 @@ def _loaded(network: nn.Module, path: Path) -> nn.Module:
 
 
 def script(network: nn.Module, path: Path) -> Path:
-    """Save a network as the TorchScript file that a job takes."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    torch.jit.save(torch.jit.script(network.eval()), str(path))
+    """Save a network as the TorchScript file that a job takes; a file that is there is kept."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(f".{os.getpid()}")
+        torch.jit.save(torch.jit.script(network.eval()), str(partial))
+        partial.replace(path)
     return path
 
 
