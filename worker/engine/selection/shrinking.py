@@ -17,7 +17,7 @@ from torch import Tensor
 from worker.engine.csteps.additive import Projection
 from worker.engine.forms.term import Accuracy, Term
 from worker.engine.layer_problem import LayerProblem
-from worker.engine.selection.steering import AfterLayer, Network, at_ranks, at_units, composed, refitted
+from worker.engine.selection.steering import AfterLayer, Network, at_ranks, at_units, composed, refitted, together
 
 SLACK = 1.6  # the budget begins at so many times its end, or halfway to the dense network where that is less
 FALLS_FROM, FALLS_TO = 0.3, 0.8  # of the steps; before, ranks are free within the wider budget
@@ -156,15 +156,27 @@ class _Dropping:
                 self.opened[index] = True
                 self._excess -= self._saved_by_opening(index)
                 continue
-            problem, before = self._problems[index], self._counts[index]
-            if sum(self.ranks[index]) <= problem.rank_total_low:
-                continue
-            self.ranks[index][place] -= 1
-            after = list(before)
-            after[place] = self._term(index, place).counts_at(self.ranks[index][place])
-            self._counts[index] = after
-            self._excess -= problem.size_of(before) - problem.size_of(after)
-            self._push(index, place, taken + 1)
+            dropped = self._drop(index, place, taken)
+            if dropped:
+                self._push(index, place, taken + dropped)
+
+    def _drop(self, index: int, place: int, taken: int) -> int:
+        """Drop a few units, fewer where those are enough; returns how many."""
+        problem, before, held = self._problems[index], self._counts[index], self.ranks[index]
+        known = len(self._values[index, place])
+        number = min(together(known), sum(held) - problem.rank_total_low, known - taken)
+        if number <= 0:
+            return 0
+        while True:
+            fewer = self._term(index, place).counts_at(held[place] - number)
+            after = [fewer if at == place else each for at, each in enumerate(before)]
+            saved = problem.size_of(before) - problem.size_of(after)
+            if number == 1 or saved <= self._excess:
+                break
+            number //= 2
+        held[place] -= number
+        self._counts[index], self._excess = after, self._excess - saved
+        return number
 
     def _term(self, index: int, place: int) -> Term:
         return self._problems[index].choices[place].term.settled(self._projections[index].factors[place])

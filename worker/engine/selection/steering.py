@@ -22,6 +22,7 @@ TRIES_MAX = 12
 LOWERINGS_MAX = 4  # once W has emptied its tails, lower pressures find nothing more
 CLOSE = 1.01  # ratio of pressures: nothing between them is worth another try
 PROHIBITIVE = 1e30
+MOVES_MAX = 4096  # of one term's units into a budget or out of it
 POLISH_SWEEPS = 3
 Thetas = Sequence[Any]  # Θ of each term of one layer
 AfterLayer = Callable[[int, int], None]  # told when a layer is projected: how many are, of how many
@@ -264,6 +265,11 @@ def _energies_left(problem: LayerProblem, weight: Tensor, made: Projection) -> d
     }
 
 
+def together(units: int) -> int:
+    """How many of a term's units are moved at once: one, but of the millions of a pruned weight a small part."""
+    return max(units // MOVES_MAX, 1)
+
+
 class _Filling:
     """The queue of units that could still be added, best first."""
 
@@ -285,19 +291,26 @@ class _Filling:
         """Add units until nothing more fits."""
         while self._queue:
             _, index, place, taken = heappop(self._queue)
-            problem, counts = self._problems[index], self._counts[index]
-            raised = [
-                self._term(index, place).counts_at(self.ranks[index][place] + 1) if at == place else each
-                for at, each in enumerate(counts)
-            ]
+            added = self._add(index, place, taken)
+            if added and self.ranks[index][place] < self._problems[index].choices[place].rank_high:
+                self._push(index, place, taken + added)
+
+    def _add(self, index: int, place: int, taken: int) -> int:
+        """Add a few units, fewer where they do not fit; returns how many."""
+        problem, counts, held = self._problems[index], self._counts[index], self.ranks[index][place]
+        known = len(self._energies[index, place])
+        number = min(together(known), problem.choices[place].rank_high - held, known - taken)
+        while number > 0:
+            more = self._term(index, place).counts_at(held + number)
+            raised = [more if at == place else each for at, each in enumerate(counts)]
             size = problem.size_of(raised)
             extra = size - problem.size_of(counts)
-            if extra > self._left or size >= problem.dense_size:
-                continue
-            self._counts[index], self._left = raised, self._left - extra
-            self.ranks[index][place] += 1
-            if self.ranks[index][place] < problem.choices[place].rank_high:
-                self._push(index, place, taken + 1)
+            if extra <= self._left and size < problem.dense_size:
+                self._counts[index], self._left = raised, self._left - extra
+                self.ranks[index][place] += number
+                return number
+            number //= 2
+        return 0
 
     def _term(self, index: int, place: int) -> Term:
         return self._problems[index].choices[place].term.settled(self._projections[index].factors[place])
