@@ -245,3 +245,49 @@ def test_no_layer_to_compress_says_why(tmp_path: Path) -> None:
         run_learn(tmp_path / "w", model, quick(**HALF, example_inputs=[{"shape": [1, 8]}]))
     assert caught.value.code == ErrorCode.NO_COMPRESSIBLE_LAYER
     assert "UNSUPPORTED_KIND" in caught.value.detail
+
+
+class Odd(nn.Module):
+    """Parameters that rules may name, and some of which nothing can be made less."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(20, 4)
+        self.empty = nn.Parameter(torch.ones(0, 5))
+        self.codes = nn.Parameter(torch.ones(20, 20, dtype=torch.int64), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x @ self.codes.float()) + self.empty.sum()
+
+
+def test_parameters_without_elements_or_floating_point_numbers(tmp_path: Path) -> None:
+    (model := tmp_path / "odd.pt").write_bytes(archive(Odd()))
+    spec = quick(
+        layers=[{"match": "parameter:empty"}, {"match": "parameter:codes"}, {"match": "nothing"}],
+        budget={"max_params_fraction": 0.9},
+        example_inputs=[{"shape": [2, 20]}],
+    )
+    with pytest.raises(ProblemError) as caught:
+        run_learn(tmp_path / "work", model, spec)
+    assert caught.value.code == ErrorCode.NO_COMPRESSIBLE_LAYER
+    said = caught.value.detail
+    assert "rule 0" not in said  # it decides the empty one
+    assert "rule 1 ('parameter:codes') decides no parameter" in said
+    assert "rule 2 ('nothing') decides no layer" in said
+    assert "NOT_CHEAPER" in said
+
+
+def test_a_kind_that_no_term_fits_is_shown(tmp_path: Path) -> None:
+    (model := tmp_path / "mlp.pt").write_bytes(archive(Mlp()))
+    spec = quick(
+        layers=[{"terms": [{"type": "tucker2"}, {"reshape": "spatial"}]}],
+        budget={"max_params_fraction": 0.9},
+        example_inputs=[{"shape": [2, 20]}],
+    )
+    with pytest.raises(ProblemError, match=r"fc1 is of kind linear .* 32×20; .* 0 \(tucker2\), 1 \(low"):
+        run_learn(tmp_path / "work", model, spec)
+    codes = quick(layers=[{"terms": [{"type": "quantize", "values": 4}]}], example_inputs=[{"shape": [2, 20]}])
+    with pytest.raises(ProblemError, match="need a budget in bytes"):
+        run_learn(tmp_path / "work", model, codes | {"budget": {"max_macs_fraction": 0.5}})
+    with pytest.raises(ProblemError, match="code and places in the file"):
+        run_learn(tmp_path / "work", model, codes | {"budget": {"max_bytes_fraction": 0.5}})

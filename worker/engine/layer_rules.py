@@ -142,6 +142,9 @@ def _apply(layer: Layer, rule_index: int, spec: JobSpec, decisions: Decisions) -
     if rule.keep == "dense":
         decisions.dense[layer.name] = ReasonCode.KEPT_BY_RULE
         return
+    if 0 in layer.weight_shape:  # there is nothing to make less of
+        decisions.dense[layer.name] = ReasonCode.NOT_CHEAPER
+        return
     geometry = geometry_of(layer)
     pricing = Pricing(spec.cost_weights(), rule.cost_factor, size_metric(spec))
     chosen: list[tuple[int, TermChoice]] = []
@@ -268,6 +271,12 @@ def _matches(rule: LayerRule, layer: Layer) -> bool:
 
 
 def _unmatched(index: int, rule: LayerRule, layers: Sequence[Layer]) -> ReportWarning:
+    if _names_parameters(rule):
+        return ReportWarning(
+            code="RULE_MATCHED_NOTHING",
+            message=f"rule {index} ('{rule.match}') decides no parameter: it names those of the network, as "
+            "state_dict() does, that hold floating point numbers and have two or more axes",
+        )
     names = ", ".join(layer.name for layer in layers[:5])
     kind = f" of kind {rule.kind}" if rule.kind else ""
     return ReportWarning(
