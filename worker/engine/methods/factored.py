@@ -14,7 +14,6 @@ from service.contract.numbers import Auto
 from service.contract.states import Phase
 from worker.engine.assembly import (
     Recipe,
-    assemble,
     live,
     live_state,
     load_state,
@@ -144,7 +143,7 @@ def _build(context: Context, learned: Learned) -> Tuning:
             + ("Lower the budget" if context.limit is not None else "Raise method.lambda, or lower the ranks"),
         )
     kept = state_of(module)
-    network = assemble(context.source, recipe, context.device, thetas, kept)
+    network = context.assemble(recipe, thetas, kept)
     load_state(network, kept)
     parameters = dict(module.named_parameters())
     weights = [parameters[str(problem.layer.weight)].detach() for problem in context.network.problems]
@@ -200,6 +199,7 @@ def _train(context: Context, tuning: Tuning, meter: ProgressMeter, epochs: int) 
         context.after_update("fine_tune", course, save)
 
     patience = max(PATIENCE_EPOCHS_MIN, round(epochs * PATIENCE_SHARE))
+    patience = epochs if context.spec.fine_tune.keep == "last" else patience
     while tuning.epoch < epochs and tuning.epoch - tuning.best_epoch < patience:
         course.set_rate(tuning_rate(rate, context.spec.fine_tune.schedule, tuning.epoch, epochs))
         try:
@@ -227,10 +227,10 @@ def _begin(context: Context, tuning: Tuning) -> float:
 
 
 def _score(context: Context, tuning: Tuning, loss: float) -> None:
-    """Score the epoch that was made, and keep its iterate if it is the best."""
+    """Score the epoch that was made, and keep its iterate if it is the best, or the last where that is asked for."""
     tuning.epoch += 1
     score = select_score(context, tuning.module)
-    if score < tuning.best_score:
+    if score < tuning.best_score or context.spec.fine_tune.keep == "last":
         tuning.best = live_state(tuning.module, tuning.recipe)
         tuning.best_score, tuning.best_epoch = score, tuning.epoch
     context.observer.event(
@@ -261,7 +261,7 @@ def _rate(context: Context, tuning: Tuning) -> float:
     state = live_state(tuning.module, tuning.recipe)
 
     def fresh() -> Trainer:
-        copy = assemble(context.source, tuning.recipe, context.device)
+        copy = context.assemble(tuning.recipe)
         load_state(copy, state)
         return context.trainer(copy)
 
@@ -305,7 +305,7 @@ def _save(context: Context, tuning: Tuning) -> Saved:
 def _restore(context: Context) -> Tuning:
     saved = context.take_saved()
     state = saved.state
-    module = assemble(context.source, state["recipe"], context.device)
+    module = context.assemble(state["recipe"])
     load_state(module, saved.under("network.").tensors)
     projections = []
     for problem, kept in zip(context.network.problems, state["projections"], strict=True):
