@@ -83,8 +83,8 @@ class JobSpec(StrictModel):
         if self.budget is None and not self.method.steers_size and not self.fixes_its_size:
             raise PydanticCustomError(
                 "SIZE_MISSING",
-                "the size is not said: give budget (for example {example}), or method.lambda, or a fixed rank for "
-                "every term of every rule",
+                "the size is not said: give budget (for example {example}), or method.lambda, or a fixed size (a rank, "
+                "values, keep_fraction, …) for every term of every rule",
                 {"example": '{"max_macs_fraction": 0.3}'},
             )
         return self
