@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from service.contract.errors import ErrorCode, ProblemError
 from service.contract.plan import REASON_MEANINGS, Form, ReasonCode
 from service.contract.spec import parse_spec
+from worker.engine.forms.best_reshape import BestReshapeTerm
 from worker.engine.layer_rules import Decisions, apply_rules
 from worker.engine.network.costs import take_census
 from worker.engine.network.load import load_model
@@ -29,6 +30,12 @@ def decide_convolutions(**spec: Any) -> Decisions:
     return decide(ConvNet(), (2, 8, 8), **spec)
 
 
+SUMS: list[dict[str, Any]] = [
+    {"kind": "conv2d", "terms": [{"reshape": "channel"}, {"reshape": "spatial"}]},
+    {"match": "*"},
+]
+
+
 def term(reshape: Any, **more: Any) -> dict[str, Any]:
     return {"type": "low_rank", "reshape": reshape, **more}
 
@@ -41,7 +48,11 @@ def forms(decisions: Decisions) -> dict[str, list[str]]:
 
 def test_auto_terms() -> None:
     decisions = decide_convolutions()
-    assert forms(decisions) == {"conv1": ["channel", "spatial"], "conv2": ["channel", "spatial"], "fc": ["matrix"]}
+    assert forms(decisions)["fc"] == ["matrix"]
+    for problem in decisions.problems[:2]:
+        (choice,) = problem.choices
+        assert isinstance(choice.term, BestReshapeTerm)
+        assert {"channel", "spatial", "spatial_transposed"} <= {each.form.value for each in choice.term.candidates}
     assert [facts.name for facts in decisions.facts] == ["conv1", "bn", "conv2", "fc"]
     assert decisions.dense == {"bn": ReasonCode.UNSUPPORTED_KIND}
     assert decisions.warnings == []
@@ -123,14 +134,14 @@ def test_max_rank_zero_on_every_term_keeps_the_layer_dense() -> None:
 
 def test_ranks_stay_below_break_even_in_the_budgets_metric() -> None:
     for spec in ({}, {"budget": {"max_macs_fraction": 0.5}}):
-        for problem in decide_convolutions(**spec).problems:
+        for problem in decide_convolutions(layers=SUMS, **spec).problems:
             for choice in problem.choices:
                 size = choice.term.params if not spec else choice.term.macs
                 assert size(choice.rank_high) < problem.dense_size <= size(choice.rank_high + 1)
 
 
 def test_cost_weights_and_factors_make_the_price() -> None:
-    spec = {"cost": {"macs": 2.0, "params": 3.0}, "layers": [{"match": "fc", "cost_factor": 5.0}, {"match": "*"}]}
+    spec = {"cost": {"macs": 2.0, "params": 3.0}, "layers": [{"match": "fc", "cost_factor": 5.0}, *SUMS]}
     for problem in decide_convolutions(**spec).problems:
         factor = 5.0 if problem.layer.name == "fc" else 1.0
         for choice in problem.choices:

@@ -127,13 +127,17 @@ def geometry_of(layer: Layer) -> Geometry:
 
 
 def terms_of(rule: LayerRule, layer: Layer) -> list[TermSpec]:
-    """Terms of a rule for one layer; `auto` is `channel` + `spatial` for k×k convolutions, else one matrix."""
+    """Terms of a rule for one layer; `auto` is the `best` reshape for k×k convolutions, else one matrix.
+
+    The sum of `channel` and `spatial` was the default until it was measured: at equal multiply-adds it has a lower
+    weight error than the better of the two in a third of the layers of three ResNets (docs/benchmarks.md).
+    """
     if rule.terms != "auto":
         return list(rule.terms)
     kernel = layer.weight_shape[2:] if layer.kind in (*CONVOLUTIONS, *TRANSPOSED) else ()
     wide = [size for size in kernel if size > 1]
     if len(wide) > 1:
-        return [LowRankTermSpec(reshape="channel"), LowRankTermSpec(reshape="spatial")]
+        return [LowRankTermSpec(reshape="best")]
     return [LowRankTermSpec(reshape="channel" if wide else "matrix")]
 
 

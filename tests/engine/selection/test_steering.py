@@ -28,12 +28,18 @@ from worker.engine.selection.steering import (
 NETWORKS = {"mlp": (Mlp, (20,)), "convnet": (ConvNet, (2, 8, 8)), "looped": (Looped, (20,))}
 
 
+SUMS = [
+    {"kind": "conv2d", "terms": [{"reshape": "channel"}, {"reshape": "spatial"}]},
+    {"match": "*"},
+]
+
+
 def network_of(name: str, spec: dict[str, Any], falling: float = 0.8) -> tuple[Network, list[Tensor]]:
     make, example = NETWORKS[name]
     torch.manual_seed(0)
     module = load_model(archive(make()))
     census = take_census(module, (torch.randn(1, *example),))
-    decisions = apply_rules(census.layers, parse_spec(spec))
+    decisions = apply_rules(census.layers, parse_spec({"layers": SUMS, **spec}))
     metric = decisions.problems[0].metric
     total = census.total_macs if metric == "macs" else census.total_params
     network = Network(tuple(decisions.problems), total - sum(problem.dense_size for problem in decisions.problems))
