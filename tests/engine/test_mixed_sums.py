@@ -94,7 +94,7 @@ def test_a_budget_of_bytes_is_that_of_the_file(files: tuple[Path, Path], tmp_pat
 
 
 def test_a_parameter_that_a_rule_names_keeps_its_operator(files: tuple[Path, Path], tmp_path: Path) -> None:
-    rules = {"layers": [{"match": "parameter:fc*.weight"}, {"match": "*"}]}
+    rules = {"layers": [{"match": "parameter:fc*.weight"}, {"match": "*", "keep": "dense"}]}
     report = compress(files, tmp_path, budget={"max_params_fraction": 0.25}, **rules)
     kinds = {layer.name: (layer.kind, layer.form) for layer in report.layers}
     assert kinds["fc1.weight"] == kinds["fc2.weight"] == ("parameter", Form.COMPOSED)

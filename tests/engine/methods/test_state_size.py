@@ -10,6 +10,7 @@ import pytest
 import torch
 from tiny_jobs import quick, run_learn, save_data, save_model
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedTensorMixin
 
 from worker.engine.observer import Recorder, Saved
 from worker.engine.training import Penalty
@@ -44,7 +45,7 @@ def live_bytes() -> int:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # some objects warn when they are looked at
         for each in gc.get_objects():
-            if issubclass(type(each), Tensor) and not each.is_meta:
+            if issubclass(type(each), Tensor) and not isinstance(each, UninitializedTensorMixin) and not each.is_meta:
                 storage = each.untyped_storage()
                 storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())

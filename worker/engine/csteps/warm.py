@@ -80,7 +80,8 @@ def refine(matrix: Tensor, warm: Factors, threshold: float, low: int, high: int)
     rank = high if low == high else min(max(count_above(gram, threshold), low), high)
     if rank > held or held == 0:
         return None if rank > 0 else leading_spectrum(matrix, at_most=0, dtype=matrix.dtype).factors(0)
-    start = _unit_vectors(warm.left if short is matrix else warm.right.T, matrix.dtype)
+    # Contiguous, whatever memory a checkpoint gave it back in: products of other layouts may round otherwise.
+    start = _unit_vectors((warm.left if short is matrix else warm.right.T).contiguous(), matrix.dtype)
     image = gram @ start
     before = (start * image).sum(dim=0)  # Rayleigh quotients of the start
     if not bool((before > 0).all()):
