@@ -17,7 +17,8 @@ from worker.engine.methods.context import Context, Outcome, ProgressMeter
 from worker.engine.methods.factored import Learned, finish
 from worker.engine.methods.loop import weights_of
 from worker.engine.observer import Observer
-from worker.engine.selection.steering import fill, least_projections, pressure_for
+from worker.engine.selection.steering import least_projections, pressure_for
+from worker.engine.selection.units import fill
 
 DIRECT_MU = 1.0  # one C step without training: only λ/μ matters
 

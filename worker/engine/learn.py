@@ -34,7 +34,7 @@ from worker.engine.objective import Objective
 from worker.engine.objectives import make_objective
 from worker.engine.observer import Observer, Saved
 from worker.engine.refusals import require_problems, require_reachable
-from worker.engine.selection.steering import Network
+from worker.engine.selection.network import Network
 from worker.engine.teacher import Teacher
 from worker.engine.widening import as_inputs, dtype_bits, floating_dtype, widen
 

@@ -5,7 +5,7 @@ from service.contract.plan import REASON_MEANINGS, ReasonCode
 from service.contract.spec import Metric
 from worker.engine.layer_problem import UNITS
 from worker.engine.layer_rules import Decisions
-from worker.engine.selection.steering import Network
+from worker.engine.selection.network import Network
 
 
 def require_problems(decisions: Decisions, metric: Metric) -> None:

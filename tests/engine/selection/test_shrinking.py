@@ -10,8 +10,11 @@ from test_steering import NETWORKS, network_of
 from torch import Tensor
 
 from worker.engine.csteps.additive import Projection
+from worker.engine.layer_problem import LayerProblem
+from worker.engine.selection.network import Network, composed
 from worker.engine.selection.shrinking import FALLS_FROM, FALLS_TO, SLACK, LossOf, falling_limit, shrink
-from worker.engine.selection.steering import LayerProblem, Network, composed, fill, pressure_for
+from worker.engine.selection.steering import pressure_for
+from worker.engine.selection.units import fill
 
 SPEC = {"budget": {"max_params_fraction": 0.5}}
 

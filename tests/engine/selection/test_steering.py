@@ -16,14 +16,9 @@ from worker.engine.layer_rules import apply_rules
 from worker.engine.network.costs import take_census
 from worker.engine.network.load import load_model
 from worker.engine.selection.curves import curves_of, estimate_pressure
-from worker.engine.selection.steering import (
-    Network,
-    fill,
-    least_projections,
-    pressure_for,
-    project_all,
-    settle_dense,
-)
+from worker.engine.selection.network import Network, settle_dense
+from worker.engine.selection.steering import least_projections, pressure_for, project_all
+from worker.engine.selection.units import fill
 
 NETWORKS = {"mlp": (Mlp, (20,)), "convnet": (ConvNet, (2, 8, 8)), "looped": (Looped, (20,))}
 

@@ -8,8 +8,10 @@ from test_steering import network_of, steer
 from torch import Tensor
 
 from worker.engine.csteps.additive import Projection
+from worker.engine.selection.network import Network, composed
 from worker.engine.selection.shrinking import shrink
-from worker.engine.selection.steering import Network, composed, fill, least_projections, pressure_for
+from worker.engine.selection.steering import least_projections, pressure_for
+from worker.engine.selection.units import fill
 
 RULES: dict[str, tuple[str, list[dict[str, Any]]]] = {
     "tucker2": ("convnet", [{"match": "conv2", "terms": [{"type": "tucker2"}]}, {"match": "*", "keep": "dense"}]),

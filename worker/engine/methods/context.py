@@ -19,7 +19,7 @@ from worker.engine.layer_rules import Decisions
 from worker.engine.network.load import load_model
 from worker.engine.objective import Objective
 from worker.engine.observer import Observer, PulseKind, Saved
-from worker.engine.selection.steering import Network
+from worker.engine.selection.network import Network
 from worker.engine.teacher import Teacher
 from worker.engine.training import Trainer
 from worker.engine.widening import widen

@@ -30,7 +30,9 @@ from worker.engine.methods.learning_rate import range_test, tuning_rate
 from worker.engine.methods.scoring import select_score, with_better_statistics
 from worker.engine.observer import Saved
 from worker.engine.rank_rows import final_rows
-from worker.engine.selection.steering import PROHIBITIVE, fill, held_against, pressure_for, settle_dense
+from worker.engine.selection.network import held_against, settle_dense
+from worker.engine.selection.steering import PROHIBITIVE, pressure_for
+from worker.engine.selection.units import fill
 from worker.engine.training import Trainer
 
 STAGE = "fine_tune"

@@ -23,18 +23,12 @@ from worker.engine.forms.term import Accuracy
 from worker.engine.methods.context import Context, Outcome, ProgressMeter
 from worker.engine.methods.factored import Learned, finish
 from worker.engine.methods.learning_rate import loss_limit, mean_objective, probe_positions, range_test, step_rate
-from worker.engine.methods.loop import STAGE, Loop, LStep, restore_loop, save_loop, weights_of
+from worker.engine.methods.loop import STAGE, Loop, LStep, restore_loop, save_loop, settings_of, weights_of
 from worker.engine.rank_rows import changed, step_rows
+from worker.engine.selection.network import composed, held_against, nothing_yet
 from worker.engine.selection.shrinking import FALLS_FROM, FALLS_TO, LossOf, falling_limit, shrink
-from worker.engine.selection.steering import (
-    at_ranks,
-    composed,
-    fill,
-    held_against,
-    nothing_yet,
-    pressure_for,
-    project_all,
-)
+from worker.engine.selection.steering import pressure_for, project_all
+from worker.engine.selection.units import at_ranks, fill
 from worker.engine.training import Penalty
 
 LEARNING_STREAM = 0x1C  # stream of the order of samples
@@ -391,12 +385,6 @@ def _mu(context: Context, loop: Loop, step: int) -> float:
 def _pressure_given(context: Context, mu: float) -> float | None:
     given = settings_of(context).lambda_
     return None if given is None else 2 * given / mu
-
-
-def settings_of(context: Context) -> LearningCompressionSpec:
-    """Read the method's own part of the spec."""
-    assert isinstance(context.spec.method, LearningCompressionSpec)  # noqa: S101  registered for this spec
-    return context.spec.method
 
 
 def _literal(method: LearningCompressionSpec) -> bool:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from service.contract.plan import RankRow
+from service.contract.spec import LearningCompressionSpec
 from worker.engine.assembly import load_state, state_in_place
 from worker.engine.course import Course
 from worker.engine.csteps.additive import Projection
@@ -107,6 +108,12 @@ class Loop:
         course = self.l_step.course if self.l_step is not None else None
         begun = course.epochs_done if course is not None else 0.0
         return self.step * context.spec.training.epochs_per_step + begun
+
+
+def settings_of(context: Context) -> LearningCompressionSpec:
+    """Read the method's own part of the spec."""
+    assert isinstance(context.spec.method, LearningCompressionSpec)  # noqa: S101  registered for this spec
+    return context.spec.method
 
 
 def weights_of(context: Context, module: torch.jit.ScriptModule) -> list[Tensor]:

@@ -17,7 +17,8 @@ from torch import Tensor
 from worker.engine.csteps.additive import Projection
 from worker.engine.forms.term import Accuracy, Term
 from worker.engine.layer_problem import LayerProblem
-from worker.engine.selection.steering import AfterLayer, Network, at_ranks, at_units, composed, refitted, together
+from worker.engine.selection.network import AfterLayer, Network, composed
+from worker.engine.selection.units import at_ranks, at_units, refitted, together
 
 SLACK = 1.6  # the budget begins at so many times its end, or halfway to the dense network where that is less
 FALLS_FROM, FALLS_TO = 0.3, 0.8  # of the steps; before, ranks are free within the wider budget
