@@ -211,9 +211,16 @@ def test_the_key_of_a_local_service_is_found(
 
 def test_interrupt_cancels_the_job(stub: StubService, model: Path, tmp_path: Path) -> None:
     stub.steps = -1
-    command = [sys.executable, "-c", "from service.cli import main; main()", "compress", str(model), "--json"]
+    heard = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"  # a shell's background job is deaf
+    )
+    command = [sys.executable, "-c", f"{heard}; from service.cli import main; main()", "compress", str(model), "--json"]
     process = subprocess.Popen(
-        [*command, "--max-macs-fraction", "0.3"], stdout=subprocess.PIPE, text=True, cwd=tmp_path, env=dict(os.environ)
+        [*command, "--max-macs-fraction", "0.3"],
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=tmp_path,
+        env=dict(os.environ),
     )
     deadline = time.monotonic() + 20
     while stub.polls < 2 and time.monotonic() < deadline:
