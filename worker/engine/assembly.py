@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from worker.engine.csteps.additive import Projection
 from worker.engine.forms.bias import ZeroWeight, bias_alone
 from worker.engine.forms.geometry import Call, Geometry
-from worker.engine.forms.modules import SumOfBranches, SumOfWeights, widen
+from worker.engine.forms.modules import SumOfBranches, SumOfWeights, widen_factors
 from worker.engine.forms.registry import term_class
 from worker.engine.forms.term import Term
 from worker.engine.layer_problem import LayerProblem
@@ -91,7 +91,7 @@ def assemble(
         made = _emit(layer, given, bias, weight.dtype)
         for part in (made.branch, made.weight):
             if part is not None and not as_stored:
-                widen(part)
+                widen_factors(part)
         replacements[layer["name"]] = made
     replace_layers(module, replacements)
     network = reload(module, device)

@@ -96,7 +96,7 @@ def learn(sources: Sources, spec: JobSpec, observer: Observer, saved: Saved | No
         )
     observer.phase(Phase.INSPECTING)
     examples = as_inputs(example_inputs(spec, dataset, device), reference)
-    census = as_stored(take_census(reference, tuple(x[:1] for x in examples)), stored_bits)
+    census = with_stored_bits(take_census(reference, tuple(x[:1] for x in examples)), stored_bits)
     # Before the layers are told, which ends the time that a first call may take: a loss module may loop for ever too.
     made = make_objective(spec, sources.objective, dataset, reference, device)
     context = _context(sources, spec, observer, device, census, dataset, made, examples, saved)
@@ -117,7 +117,7 @@ def open_dataset(sources: Sources, spec: JobSpec, reference: torch.jit.ScriptMod
     return dataset
 
 
-def as_stored(census: Census, bits: Mapping[str, int]) -> Census:
+def with_stored_bits(census: Census, bits: Mapping[str, int]) -> Census:
     """Give each layer the bits that its weight has in the file."""
 
     def stored(layers: Sequence[Layer]) -> list[Layer]:

@@ -17,7 +17,7 @@ from service.contract.terms import LowRankTermSpec
 from worker.engine.forms.factors import Factors
 from worker.engine.forms.geometry import TRANSPOSED, Call, Geometry
 from worker.engine.forms.low_rank import LowRankTerm
-from worker.engine.forms.modules import widen
+from worker.engine.forms.modules import widen_factors
 from worker.engine.forms.reshape import Reshape, named_reshape
 from worker.engine.forms.term import Ask, NotApplicableError, Price
 
@@ -309,7 +309,7 @@ def test_factors_may_be_stored_in_sixteen_bits(name: str, store_dtype: str) -> N
     assert sum(parameter.numel() for parameter in kept) == term.counts_at(factors.rank).params
     made.square().sum().backward()
     assert all(parameter.grad is not None and parameter.grad.dtype == stored for parameter in kept)
-    widen(plain)
+    widen_factors(plain)
     wide = torch.jit.script(plain)  # as it is trained: the same answers, gradients in single precision
     again = layer(wide()) if term.composed else wide(layer.x)
     assert torch.equal(again, made)

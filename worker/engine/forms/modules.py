@@ -77,7 +77,7 @@ class Factor(nn.Module):
         return self
 
 
-def widen(module: nn.Module) -> None:
+def widen_factors(module: nn.Module) -> None:
     """Hold every factor of a module in the dtype of its network, for training."""
     for part in module.modules():
         if isinstance(part, Factor):

@@ -20,6 +20,14 @@ def _with_gradient_over(values: Tensor, numbers: Tensor) -> Tensor:
     return values + (1.0 / numbers - 1.0) * (values - values.data)
 
 
+def element_count(shape: list[int]) -> int:
+    """Product of the lengths; TorchScript has no `math.prod`."""
+    count = 1
+    for length in shape:
+        count *= length
+    return count
+
+
 class CodebookWeight(nn.Module):
     """A weight of k learned values, with one codebook or one for each slice along an axis."""
 
@@ -35,9 +43,7 @@ class CodebookWeight(nn.Module):
 
     def forward(self) -> Tensor:
         """Look the values up."""
-        count = 1
-        for length in self.shape:
-            count *= length
+        count = element_count(self.shape)
         codes = unpack_codes(self.codes, self.size, count).to(torch.int32)
         groups = self.values.size(0)
         if groups > 1:
@@ -90,9 +96,7 @@ class GridWeight(nn.Module):
 
     def forward(self) -> Tensor:
         """Scale the levels."""
-        count = 1
-        for length in self.shape:
-            count *= length
+        count = element_count(self.shape)
         levels = unpack_codes(self.codes, self.size, count).to(torch.int32) * self.slope - self.origin
         values: Tensor = self.values
         if values.element_size() < 4:
@@ -126,9 +130,7 @@ class PowerWeight(nn.Module):
 
     def forward(self) -> Tensor:
         """Look the powers up and scale them."""
-        count = 1
-        for length in self.shape:
-            count *= length
+        count = element_count(self.shape)
         levels = self.levels.index_select(0, unpack_codes(self.codes, self.size, count).to(torch.int32))
         weight = levels.reshape(self.values.size(0), -1) * self.values
         return weight.reshape(self.shape).movedim(0, self.axis)
@@ -153,9 +155,7 @@ class SparseWeight(nn.Module):
 
     def forward(self) -> Tensor:
         """Put the values in their places."""
-        count = 1
-        for length in self.shape:
-            count *= length
+        count = element_count(self.shape)
         positions = unpack_positions(self.index, self.bits, self.entries)
         weight = torch.zeros(count, dtype=self.values.dtype, device=self.values.device)
         return weight.index_copy(0, positions, self.values).reshape(self.shape)
