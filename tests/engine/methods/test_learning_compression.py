@@ -126,10 +126,3 @@ def test_the_best_iterate_on_the_select_part_is_kept(files: tuple[Path, Path], t
     assert best == 0 or scores[best - 1] == min(scores)
     saved = learned.recorder.checkpoints[-1]
     assert all(torch.equal(saved.tensors[f"best.{name}"], tensor) for name, tensor in learned.state.items())
-
-
-def test_fine_tuning_stops_early_when_nothing_is_won(files: tuple[Path, Path], tmp_path: Path) -> None:
-    spec = {"fine_tune": {"epochs": 30}, "training": {"optimizer": {"lr": 1e-9}}, "objective": {"distillation": 0.0}}
-    learned = learn(files, tmp_path, **spec, method={"mu": {"steps": 1}})
-    notes = learned.plan["notes"]
-    assert notes["fine_tune_epochs"] <= notes["fine_tune_best_epoch"] + 10

@@ -104,6 +104,19 @@ def test_statistics_are_kept_where_they_score_better(
     assert torch.equal(worse.state["bn.running_mean"], learned)
 
 
+def test_fine_tuning_runs_to_its_end_and_keeps_its_best_iterate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Θ may score better than every epoch at a high rate, and worse than the schedule's end."""
+    model, data = job(tmp_path)
+    scores = iter([0.5, *([1.0] * 10), 0.4, 0.6])
+    monkeypatch.setattr(scoring, "select_score", lambda *_: next(scores))
+    monkeypatch.setattr(factored, "select_score", lambda *_: next(scores))
+    spec = quick(budget={"max_params_fraction": 0.5}, fine_tune={"epochs": 12, "lr": 0.01})
+    notes = run_learn(tmp_path / "w", model, spec, data).plan["notes"]
+    assert (notes["fine_tune_epochs"], notes["fine_tune_best_epoch"]) == (12, 11)
+
+
 def test_decay_of_products_in_a_run(tmp_path: Path) -> None:
     model, data = job(tmp_path)
     norms = []

@@ -37,8 +37,6 @@ from worker.engine.training import Trainer
 
 STAGE = "fine_tune"
 FINE_TUNE_STREAM = 0xF1
-PATIENCE_EPOCHS_MIN = 5
-PATIENCE_SHARE = 1 / 3  # of the epochs without a better iterate on the select part end the training
 
 
 @dataclass(frozen=True)
@@ -187,7 +185,11 @@ def _settle(context: Context, learned: Learned) -> list[Projection]:
 
 
 def _train(context: Context, tuning: Tuning, meter: ProgressMeter, epochs: int) -> None:
-    """Train by the schedule; keep the best iterate on the select part, stop early when it is long past."""
+    """Train by the schedule to its end; keep the best iterate on the select part.
+
+    Waiting for a better iterate says nothing while the rate is high: Θ begins near the reference's own score, the first
+    epochs lose it, and the end of a cosine gains it back (`docs/method.md` has figures).
+    """
     save = partial(_save, context, tuning)
     rate = _begin(context, tuning) if tuning.rate is None else tuning.rate
     course = tuning.course = Course.begin(context.trainer(tuning.module), rate)
@@ -200,9 +202,7 @@ def _train(context: Context, tuning: Tuning, meter: ProgressMeter, epochs: int) 
         meter.pass_by(context.spec.method.step_count, done + course.epochs_done)
         context.after_update("fine_tune", course, save)
 
-    patience = max(PATIENCE_EPOCHS_MIN, round(epochs * PATIENCE_SHARE))
-    patience = epochs if context.spec.fine_tune.keep == "last" else patience
-    while tuning.epoch < epochs and tuning.epoch - tuning.best_epoch < patience:
+    while tuning.epoch < epochs:
         course.set_rate(tuning_rate(rate, context.spec.fine_tune.schedule, tuning.epoch, epochs))
         try:
             course.epoch((FINE_TUNE_STREAM,), after_update=after_update)
