@@ -16,7 +16,7 @@ from benchmarks.outcome import Limit, Sample, conclude, say
 from benchmarks.trials import Bench, Kept, Subject, Trial, median_of
 from worker.engine.device import prepare_process
 
-VERSION = "3"  # of the method that the kept trials were made with
+VERSION = "4"  # of the method that the kept trials were made with
 HELD_OUT = 2000  # of the training images: they choose between iterates
 WORSE_MAX, BETTER_MIN, SHORT_MAX = 0.1, 0.3, 0.2  # percentage points, against the authors' 75 epochs
 PUBLISHED_TOLERANCE = 0.1
@@ -24,14 +24,19 @@ PUBLISHED_TOLERANCE = 0.1
 
 @dataclass(frozen=True)
 class Point:
-    """A size, with the error of the authors' code in 25 steps of 3 epochs (one run) and what is aimed at."""
+    """A size, with the error of the authors' code in 25 steps of 3 epochs (one run) and what is aimed at.
+
+    `distillation` was chosen on a network that was trained for it (docs/benchmarks.md): where little is cut the labels
+    teach more than the reference does, where much is cut they overfit.
+    """
 
     fraction: float
     authors: float
     target: float
+    distillation: float
 
 
-POINTS = (Point(0.161, 1.97, 1.90), Point(0.092, 2.49, 2.30), Point(0.068, 3.27, 2.80))
+POINTS = (Point(0.161, 1.97, 1.90, 0.0), Point(0.092, 2.49, 2.30, 0.0), Point(0.068, 3.27, 2.80, 0.7))
 PUBLISHED_SCHEDULE = (25, 25)  # steps of one epoch, epochs of the network that is made; of the rows below
 SCHEDULES = {75: (15, 60), 25: (8, 17)}  # epochs in all: steps of one epoch, epochs of the factored network
 STRONGEST = 0.068
@@ -75,7 +80,7 @@ def main(arguments: list[str] | None = None) -> int:
 def trials(*, quick: bool) -> list[Trial]:
     """Rows of the table: LC, plain SVD at the same cost by its own ranks, and at the ranks that LC found."""
     made = [
-        (row_name(point.fraction, epochs), low_rank_spec(point.fraction, epochs, quick=quick))
+        (row_name(point.fraction, epochs), low_rank_spec(point, epochs, quick=quick))
         for epochs in SCHEDULES
         for point in reversed(POINTS)
     ]
@@ -136,12 +141,13 @@ def row_name(fraction: float, epochs: int) -> str:
     return f"{100 * fraction:.1f} % in {epochs} epochs"
 
 
-def low_rank_spec(fraction: float, epochs: int, *, quick: bool) -> dict[str, Any]:
+def low_rank_spec(point: Point, epochs: int, *, quick: bool) -> dict[str, Any]:
     """What a job is asked for: a budget, and how long it may train."""
     steps, tuning = (2, 1) if quick else SCHEDULES[epochs]
     return {
-        "budget": {"max_params_fraction": fraction},
+        "budget": {"max_params_fraction": point.fraction},
         "layers": [{"terms": [{"type": "low_rank", "reshape": "matrix"}]}],
+        "objective": {"distillation": point.distillation},
         "method": {"type": "learning_compression", "mu": {"steps": steps}},
         "training": {
             "epochs_per_step": 1,

@@ -89,7 +89,8 @@ class Kept:
         self._trials.append({"key": key, "outcome": outcome, "machine": machine_facts()})
         self.path.parent.mkdir(parents=True, exist_ok=True)
         partial = self.path.with_suffix(".partial")
-        partial.write_text(json.dumps({"trials": self._trials}, indent=1) + "\n", encoding="utf-8")
+        lines = ",\n".join(json.dumps(each) for each in self._trials)  # a line each: they name every wrong sample
+        partial.write_text(f'{{"trials": [\n{lines}\n]}}\n', encoding="utf-8")
         partial.replace(self.path)
 
 
