@@ -109,7 +109,7 @@ class FineTune(StrictModel):
     epochs: Annotated[int, Field(ge=0, le=MAX_EPOCHS)] | Auto = "auto"
     lr: Magnitude | Auto = "auto"  # auto: that of training.optimizer, or else a range test of its own
     schedule: Schedule | Auto = "auto"  # auto: cosine
-    keep: Literal["best", "last"] = "best"  # iterate: the best on the select part, or the schedule's end
+    keep: Literal["best", "last"] | Auto = "auto"  # auto: last where the reference remembers the held-out rows
 
     @model_validator(mode="after")
     def _has_no_steps(self) -> Self:

@@ -89,8 +89,9 @@ def evaluate(
     objective: Objective,
     teacher: Teacher | None,
     device: torch.device,
+    positions: np.ndarray | None = None,
 ) -> Scores:
-    """Score a network on a part, in evaluation mode; the network's own mode is given back.
+    """Score a network on a part, or on some positions of it, in evaluation mode; the network's own mode is given back.
 
     Samples that the objective leaves out have no place in the scores. A batch that does not fit in memory is halved.
 
@@ -102,12 +103,13 @@ def evaluate(
     was_training = module.training
     module.eval()
     made: list[UnitScores] = []
-    total, start, count = 0.0, 0, dataset.size(part)
+    positions = np.arange(dataset.size(part)) if positions is None else positions
+    total, start, count = 0.0, 0, len(positions)
     size = objective.forward_size(EVALUATION_BATCH_SIZE, count)
     # Only the report tells samples apart; elsewhere a unit is as large as a batch.
     unit = -(-count // UNITS_MAX) if part == "report" else count
     while start < count:
-        rows = np.arange(start, start + objective.take(size, count - start))
+        rows = positions[start : start + objective.take(size, count - start)]
         try:
             with torch.no_grad():
                 scores, mean = _score(module, dataset, part, rows, objective, teacher, device, unit)

@@ -98,7 +98,7 @@ def test_statistics_are_kept_where_they_score_better(
     scores = iter(range(100))
     monkeypatch.setattr(scoring, "select_score", lambda *_: float(next(scores)))  # what comes later is worse
     monkeypatch.setattr(factored, "select_score", lambda *_: float(next(scores)))
-    spec = quick(budget={"max_macs_fraction": 0.5}, fine_tune={"epochs": epochs, "lr": 1e-6})
+    spec = quick(budget={"max_macs_fraction": 0.5}, fine_tune={"epochs": epochs, "lr": 1e-6, "keep": "best"})
     worse = run_learn(tmp_path / "worse", model, spec, data)
     learned = worse.after_steps[-1].tensors["network.bn.running_mean"]
     assert torch.equal(worse.state["bn.running_mean"], learned)
@@ -112,7 +112,7 @@ def test_fine_tuning_runs_to_its_end_and_keeps_its_best_iterate(
     scores = iter([0.5, *([1.0] * 10), 0.4, 0.6])
     monkeypatch.setattr(scoring, "select_score", lambda *_: next(scores))
     monkeypatch.setattr(factored, "select_score", lambda *_: next(scores))
-    spec = quick(budget={"max_params_fraction": 0.5}, fine_tune={"epochs": 12, "lr": 0.01})
+    spec = quick(budget={"max_params_fraction": 0.5}, fine_tune={"epochs": 12, "lr": 0.01, "keep": "best"})
     notes = run_learn(tmp_path / "w", model, spec, data).plan["notes"]
     assert (notes["fine_tune_epochs"], notes["fine_tune_best_epoch"]) == (12, 11)
 
