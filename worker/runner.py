@@ -66,8 +66,10 @@ def main() -> int:
 def run_stage(assignment: Assignment, writer: MessageWriter) -> dict[str, Any]:
     """Dispatch to the engine; PyTorch is imported under the limits that hold by now."""
     from worker.engine.device import prepare_process  # noqa: PLC0415
+    from worker.engine.uncompiled import leave_compiler_out  # noqa: PLC0415
 
     prepare_process(assignment.thread_count, repeatable=assignment.stage != "verify")
+    leave_compiler_out()
     relay = RelayingObserver(assignment, writer)
     try:
         return {"learn": _learn, "emit": _emit, "verify": _verify}[assignment.stage](assignment, relay)

@@ -18,6 +18,7 @@ from worker.engine.forward import RAISED, call_nested, message_of, out_of_memory
 from worker.engine.objective import Objective
 from worker.engine.precision import Precision
 from worker.engine.teacher import Teacher
+from worker.engine.uncompiled import PlainSGD
 
 HALVINGS_MAX = 2  # out of memory halves the batch twice, with gradient accumulation, then fails
 
@@ -180,7 +181,7 @@ class Trainer:
         decays = [spec.weight_decay] * len(groups)
         if self._decay is not None:
             decays[-1] = 0.0
-        return torch.optim.SGD(
+        return PlainSGD(
             [{"params": group, "weight_decay": decay} for group, decay in zip(groups, decays, strict=True)],
             lr=learning_rate,
             momentum=spec.momentum,
