@@ -121,10 +121,10 @@ def test_a_commit_whose_answer_is_lost(service: Api, monkeypatch: pytest.MonkeyP
     assert again.json()["id"] in {job["id"] for job in service.jobs()}
 
 
+@pytest.mark.parametrize("service", ["postgresql"], indirect=True)
 def test_a_commit_that_postgresql_itself_refuses(service: Api, rung: list[str]) -> None:
+    """SQLite's own refusal of a COMMIT has a test beside the other submissions."""
     database = service.services.database
-    if database.is_sqlite:
-        pytest.skip("SQLite's own refusal of a COMMIT has a test beside the other submissions")
     with database.write() as session:
         session.execute(text(TRIGGER))
     try:

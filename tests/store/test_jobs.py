@@ -169,9 +169,8 @@ def test_the_database_itself_refuses_impossible_rows(database, submit, change):
         session.execute(update(Job).where(Job.id == job_id).values(change))
 
 
+@pytest.mark.parametrize("database", ["sqlite"], indirect=True)
 def test_sqlite_is_set_up_to_keep_its_promises(database):
-    if not database.is_sqlite:
-        pytest.skip("SQLite alone has these settings")
     with database.read() as session:
         found = [
             session.execute(text(f"PRAGMA {name}")).scalar()

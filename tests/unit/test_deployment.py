@@ -281,8 +281,10 @@ def test_torch_is_pinned_alike_everywhere(dockerfile: str) -> None:
 
 def test_compose_itself_takes_it() -> None:
     docker = shutil.which("docker")
-    if docker is None or subprocess.run([docker, "compose", "version"], capture_output=True, check=False).returncode:
-        pytest.skip("docker has no compose plugin here")
+    if docker is None:
+        pytest.skip("needs docker; this machine has none")
+    if subprocess.run([docker, "compose", "version"], capture_output=True, check=False).returncode:
+        pytest.skip("needs docker's compose plugin; this machine has none")
     for profiles in ([], ["--profile", "cpu"], ["--profile", "cpu", "--profile", "gpu"]):
         command = [docker, "compose", *profiles, "config", "--quiet"]
         done = subprocess.run(

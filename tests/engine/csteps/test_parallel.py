@@ -100,7 +100,7 @@ def test_layers_that_meet_in_batches_are_those_that_are_alone(monkeypatch: pytes
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device; this machine has none")
 def test_layers_meet_in_batches_on_a_cuda_device() -> None:
     hold_together("cuda")
 

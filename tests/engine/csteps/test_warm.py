@@ -165,7 +165,7 @@ def test_the_gram_matrix_is_symmetric_and_whole(shape: tuple[int, int]) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device; this machine has none")
 def test_a_cuda_device_chooses_the_same_rank() -> None:
     matrix = decaying((120, 200))
     threshold = threshold_at(matrix, 20)

@@ -229,10 +229,9 @@ def test_a_step_on_values_is_the_dense_step_projected() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device; this machine has none")
 @pytest.mark.parametrize("spec", SPECS, ids=name_of)
 def test_on_a_gpu_and_back(spec: Any, tmp_path: Path) -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
     network, x = loaded(export_bytes(emitted(spec, "load")[0]), tmp_path), torch.randn(2, INPUTS)
     expected = answer(network, x)
     network.to("cuda")

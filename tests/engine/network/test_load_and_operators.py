@@ -366,7 +366,7 @@ def test_a_model_without_forward_is_refused() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device; this machine has none")
 @pytest.mark.parametrize("name", sorted(CASES))
 def test_models_traced_on_the_cpu_run_on_cuda(name: str) -> None:
     case = CASES[name]
