@@ -32,8 +32,9 @@ MATRIX = [
     ("artifact_put", 1, WITHOUT_CHILD, True),
     ("before_finish", 1, WITHOUT_CHILD, True),
 ]
-SHORT = {  # and the kill of a whole worker in an L step, in test_two_machines.py
-    ("mid_c_step", 12, "runner"),
+# And the kill of a whole worker in an L step, in test_two_machines.py; going on from inside of a C step, in
+# engine/test_resume.py.
+SHORT = {
     ("checkpoint_renamed", 12, "supervisor"),
     ("checkpoint_row", 12, "runner"),
     ("before_finish", 1, "supervisor"),

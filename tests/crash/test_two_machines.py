@@ -7,8 +7,11 @@ from fleet import SCALED
 
 OFTEN = {"CHECKPOINT_SECONDS": "0.05", "CHECKPOINT_SPACING_SECONDS": "0"}
 
+# Over a shared directory another machine takes over in test_stopped.py and test_database_cut.py, too.
+FILES = [pytest.param("shared directory", marks=pytest.mark.full), "s3"]
 
-@pytest.mark.parametrize("files", ["shared directory", "s3"])
+
+@pytest.mark.parametrize("files", FILES)
 def test_a_job_killed_on_one_machine_resumes_on_the_other(make_fleet, real_job, undisturbed_artifact, files, request):
     if files == "s3":
         blob_url = request.getfixturevalue("s3_url")
