@@ -18,7 +18,7 @@ WAIT_SECONDS = 120
 ORPHAN_SECONDS = 2
 REQUEUE_SECONDS = 6  # the service's own start included; the lease would hold the job for half a minute
 CANCEL_SECONDS = 10  # promised within 5; the test's machine may be busy
-STEPS = 30
+STEPS = 18
 # Many cheap steps, a checkpoint after nearly each of them.
 MANY_STEPS: dict[str, Any] = {
     "budget": {"max_params_fraction": 0.5},
@@ -35,9 +35,13 @@ ENDLESS_TUNING = MANY_STEPS | {
 }
 
 
+# Phases and progress are told with heartbeats; cancels at those of production are in crash/test_cancel_latency.py.
+OFTEN = {"CHECKPOINT_SECONDS": "0.1", "HEARTBEAT_SECONDS": "0.5"}
+
+
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    made = Service(tmp_path_factory.mktemp("service"), settings={"CHECKPOINT_SECONDS": "0.1"})
+    made = Service(tmp_path_factory.mktemp("service"), settings=OFTEN)
     made.start()
     yield made
     assert made.stop() == 0
@@ -128,7 +132,7 @@ def test_a_retry_goes_on_from_the_checkpoint_and_yields_the_same_artifact(
         first = client.submit(MANY_STEPS, model=model_file, data=data_file, name="again")
         wait_until(client, first.id, lambda _: len(steps_of(client, first.id)) >= STEPS // 3)
         client.cancel(first.id)
-        assert client.wait(first.id, timeout_seconds=CANCEL_SECONDS).state is JobState.CANCELED
+        assert client.wait(first.id, timeout_seconds=WAIT_SECONDS).state is JobState.CANCELED
         job = client.retry(first.id)
         assert (job.retry_of, job.name) == (first.id, "again")
         ended = client.wait(job.id, timeout_seconds=WAIT_SECONDS)
@@ -181,5 +185,5 @@ def test_a_waiting_job_is_canceled_at_once(service: Service, model_file: Path, d
         assert client.cancel(waiting.id).state is JobState.CANCELED
         assert client.cancel(waiting.id).state is JobState.CANCELED, "it may be asked twice"
         client.cancel(running.id)
-        assert client.wait(running.id, timeout_seconds=CANCEL_SECONDS).state is JobState.CANCELED
+        assert client.wait(running.id, timeout_seconds=WAIT_SECONDS).state is JobState.CANCELED
         assert client.wait(waiting.id).state is JobState.CANCELED
