@@ -127,7 +127,7 @@ class House:
         with self.database.write() as session:
             return jobs.request_cancel(session, job_id, None)
 
-    def wait(self, condition, seconds=10.0):
+    def wait(self, condition, seconds=20.0):
         until = time.monotonic() + seconds
         while not (answer := condition()):
             assert time.monotonic() < until, "what was waited for did not come"
@@ -141,7 +141,7 @@ class House:
 
         return self.wait(reached, seconds)
 
-    def wait_for_phase(self, job_id, phase, seconds=10.0):
+    def wait_for_phase(self, job_id, phase, seconds=20.0):
         return self.wait(lambda: {"phase": phase} in self.events(job_id, "phase"), seconds)
 
 
