@@ -136,7 +136,8 @@ def test_a_stopped_service_is_overtaken_and_its_ghost_writes_nothing(house, star
     host = start_host()
     child = running_child(house, job_id, tmp_path)
     # Under the test's own write lock: a process that is stopped inside a transaction would keep SQLite's one lock.
-    with house.database.write():
+    with house.database.write() as session:
+        session.connection()  # a session takes the lock with its first statement only
         host.send_signal(signal.SIGSTOP)
         house.wait(lambda: all_stopped(host.pid), seconds=3.0)
     os.kill(child, signal.SIGSTOP)

@@ -18,11 +18,12 @@ SETTINGS = pytest.mark.parametrize(
 )
 
 
-def with_a_running_job(make_fleet, settings):
+def with_a_running_job(make_fleet, settings, machines=2):
     fleet = make_fleet(settings)
     fleet.add_service()
-    fleet.add_machine()
-    fleet.wait_for_workers(1)
+    for _ in range(machines):
+        fleet.add_machine()
+    fleet.wait_for_workers(machines)
     job_id = fleet.submit(chain(STEPS, fleet.settings.lease_seconds / 12))
     fleet.wait_for_checkpoint(job_id)
     child = next(note["pid"] for note in fleet.notes(job_id) if note["what"] == "start")
@@ -33,9 +34,8 @@ def with_a_running_job(make_fleet, settings):
 @pytest.mark.parametrize("child_too", [True, False], ids=["both", "supervisor"])
 def test_a_ghost_writes_nothing(make_fleet, settings, child_too):
     fleet, job_id, child = with_a_running_job(make_fleet, settings)
-    ghost = fleet.machines[0]
-    other = fleet.add_machine()
-    fleet.wait_for_workers(2)
+    ghost = fleet.machine_of(job_id)
+    (other,) = [machine for machine in fleet.machines if machine is not ghost]
     os.kill(ghost.pid, signal.SIGSTOP)
     if child_too:
         child.suspend()
@@ -63,8 +63,6 @@ def test_a_ghost_writes_nothing(make_fleet, settings, child_too):
 @SETTINGS
 def test_a_stopped_child_keeps_its_job(make_fleet, settings):
     fleet, job_id, child = with_a_running_job(make_fleet, settings)
-    fleet.add_machine()
-    fleet.wait_for_workers(2)
     child.suspend()
     until = time.monotonic() + fleet.settings.reap_seconds + 2 * fleet.settings.reconcile_seconds
     fleet.wait(lambda: time.monotonic() > until, until, "the time after which a lease would be lost")
@@ -79,7 +77,7 @@ def test_a_stopped_child_keeps_its_job(make_fleet, settings):
 def test_a_stopped_child_is_canceled(make_fleet):
     from service.store.jobs import request_cancel
 
-    fleet, job_id, child = with_a_running_job(make_fleet, SCALED)
+    fleet, job_id, child = with_a_running_job(make_fleet, SCALED, machines=1)
     child.suspend()
     with fleet.database.write() as session:
         request_cancel(session, job_id, None)
