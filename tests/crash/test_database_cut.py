@@ -25,10 +25,13 @@ def test_the_database_is_cut_from_one_worker(make_fleet, how, settings):
     proxy = Proxy(fleet.database_url)
     cut_off = fleet.add_machine(DATABASE_URL=proxy.url)
     fleet.wait_for_workers(1)
-    job_id = fleet.submit(chain(STEPS, fleet.settings.lease_seconds / 12))
+    go = fleet.folder / "go"
+    held = [["phase", "learning"], ["chain", 1, 0.0], ["wait_for", str(go)]]  # while the other machine starts
+    job_id = fleet.submit({"learn": [*held, ["chain", STEPS, fleet.settings.lease_seconds / 12]]})
     fleet.wait_for_checkpoint(job_id)
     other = fleet.add_machine()
     fleet.wait_for_workers(2)
+    go.touch()
     (child,) = [psutil.Process(note["pid"]) for note in fleet.notes(job_id) if note["what"] == "start"]
     assert lives(child)
 
