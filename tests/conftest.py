@@ -11,6 +11,14 @@ import pytest
 
 from tests.s3_server import S3Server
 
+TESTS = Path(__file__).parent
+LONG = (TESTS / "crash", TESTS / "e2e")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the tests that last seconds each: the short ones are left for the end, where workers even out."""
+    items.sort(key=lambda item: not any(item.path.is_relative_to(folder) for folder in LONG))
+
 
 @pytest.fixture(autouse=True)
 def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
