@@ -138,7 +138,7 @@ PUBLISHED = (
 
 
 def published_spec(row: Published, *, quick: bool) -> dict[str, Any]:
-    """What a job is asked for; the sizes are the rules'. Values and places are learned in the steps, from the labels."""
+    """What a job is asked for; the sizes are the rules'. The steps learn values and places, from the labels."""
     steps, epochs, tuning = (2, 1, 1) if quick else PUBLISHED_SCHEDULE
     return {
         "layers": row.layers,
