@@ -36,7 +36,7 @@ class Point:
     distillation: float
 
 
-POINTS = (Point(0.161, 1.97, 1.90, 0.0), Point(0.092, 2.49, 2.30, 0.0), Point(0.068, 3.27, 2.80, 0.7))
+POINTS = (Point(0.161, 1.97, 1.90, 0.0), Point(0.092, 2.49, 2.30, 0.7), Point(0.068, 3.27, 2.80, 0.7))
 PUBLISHED_SCHEDULE = (30, 3, 15)  # steps, epochs of each, epochs of the network that is made; of the rows below
 SCHEDULES = {75: (15, 60), 25: (8, 17)}  # epochs in all: steps of one epoch, epochs of the factored network
 STRONGEST = 0.068
