@@ -17,13 +17,13 @@ from worker.engine.network.layers import Inventory, Layer, take_inventory
 from worker.engine.network.load import reload, trim_reason
 from worker.engine.network.operator_sites import Site, key_of
 from worker.engine.network.parameters import Shape, all_parameters, count_distinct
+from worker.engine.network.recurrent_kernels import RECURRENT_KERNELS
 from worker.engine.network.sites import open_plain, scan_methods
 
 # A slice of everything, written with an end that no honest program uses, leaves its tensor as it is and shows up in
 # the dispatcher with the number of the layer and whether the layer begins or ends.
 _MARK = 2**63 - 1 - 1_000_003
 _RAISED = (torch.jit.Error, RuntimeError, ValueError, TypeError, LookupError, AssertionError)
-_RECURRENT = frozenset({"lstm", "gru", "rnn_tanh", "rnn_relu"})
 _SHAPE_COMPLAINTS = re.compile(
     r"shapes cannot be multiplied|to have \d+ channels|expected [\w\[\]/ ()]*\dD|Expected (at most|at least)|"
     r"missing value for argument|must match the size of tensor|is invalid for input of size|expected scalar type|"
@@ -42,7 +42,7 @@ class Census:
     layers : list of Layer
         Every layer, with the shapes of each call and its MACs.
     total_macs : int
-        Multiply-adds of all operators: torch.utils.flop_counter's total / 2.
+        Multiply-adds of all operators, as `count_macs` counts them.
     total_params : int
         numel over all parameters; one that is shared counts once.
     output : object
@@ -110,7 +110,8 @@ def take_census(module: torch.jit.ScriptModule, example_inputs: Sequence[torch.T
 def count_macs(module: torch.jit.ScriptModule, example_inputs: Sequence[torch.Tensor]) -> int:
     """Count the multiply-adds of one forward, as torch.utils.flop_counter's total / 2.
 
-    Attention is counted on its unfused path: the counter has no formula for the fused operators.
+    The counter has no formula for fused operators: attention is counted on its unfused path, and recurrent kernels by
+    `RECURRENT_KERNELS`, as the products that they stand for.
 
     Parameters
     ----------
@@ -162,7 +163,7 @@ class _CallLog(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.counter = FlopCounterMode(display=False)
+        self.counter = FlopCounterMode(display=False, custom_mapping=dict(RECURRENT_KERNELS))
         self.calls: list[_Call] = []
         self._open: dict[int, tuple[Shape, int]] = {}
 
@@ -295,8 +296,7 @@ def _with_calls(layer: Layer, calls: list[_Call] | None, *, watched: bool) -> La
         layer,
         call_shapes=tuple((call.input_shape, call.output_shape) for call in calls),
         calls=len(calls),
-        # Some recurrent kernels are one operator that the counter has no formula for.
-        macs=None if macs == 0 and layer.kind in _RECURRENT else macs,
+        macs=macs,
         reason=layer.reason or (_unknown(layer) if macs == 0 else None),
     )
 

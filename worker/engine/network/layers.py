@@ -8,7 +8,7 @@ import torch
 from service.contract.plan import ReasonCode
 from worker.engine.network.graphs import Node
 from worker.engine.network.layer import COMPRESSIBLE_KINDS, Layer
-from worker.engine.network.operator_sites import Site, key_of
+from worker.engine.network.operator_sites import MULTIPLYING, Site, key_of
 from worker.engine.network.parameters import Parameters
 from worker.engine.network.sites import MethodSites, read_plain, scan_methods
 from worker.engine.network.strides import Strides, strides_of
@@ -18,12 +18,6 @@ __all__ = ["COMPRESSIBLE_KINDS", "Inventory", "Layer", "find_layers", "take_inve
 _AXES = {"linear": 2, "matmul": 2, "embedding": 2} | {
     f"{kind}{axes}d": axes + 2 for kind in ("conv", "conv_transpose") for axes in (1, 2, 3)
 }
-# Operators that multiply by a weight but have no kind of their own; their weights are layers of kind "parameter".
-_MULTIPLYING_NAMES = """
-    lstm gru rnn_tanh rnn_relu lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell einsum tensordot baddbmm addbmm mv
-    bilinear _trilinear embedding_bag _transformer_encoder_layer_fwd _native_multi_head_attention
-"""
-_MULTIPLYING = frozenset(f"aten::{name}" for name in _MULTIPLYING_NAMES.split())
 
 
 @dataclass
@@ -37,7 +31,7 @@ class Inventory:
     parameters : list of Layer
         Every floating parameter of at least two axes, as a layer of kind "parameter".
     shared : dict
-        For the sites of parameters: what `shares` gives.
+        For the sites of parameters: what `shares` gives, which is nothing for a bias.
     """
 
     layers: list[Layer] = field(default_factory=list)
@@ -87,6 +81,7 @@ class _Stocktaking:
         self.found = Inventory()
         self.place: dict[str, int] = {}  # of each layer: the first site that it serves
         self.counted: dict[str, str] = {}  # parameter -> layer
+        self.rests: set[str] = set()  # layers of what others do not count
         self.whole = {name: layer for name in self.parameters if (layer := self._parameter(name)) is not None}
 
     def taken(self) -> Inventory:
@@ -98,9 +93,12 @@ class _Stocktaking:
             elif parts:
                 for name in parts:
                     self._add(at, self.whole[name], [name])
-                self.found.shared[_key(site)] = [(name, self.parameters[name].numel()) for name in parts]
+                self.found.shared[_key(site)] = []
         for at, site in enumerate(self.sites):
             self._rest(at, site)
+        for site in self.sites:
+            if _key(site) in self.found.shared:
+                self.found.shared[_key(site)] = list(self._shares(site).items())
         self._unused()
         self.found.layers.sort(key=lambda layer: self.place[layer.name])
         self.found.parameters = [layer for name in self.parameters if (layer := self._named(name)) is not None]
@@ -151,6 +149,16 @@ class _Stocktaking:
             reason=ReasonCode.WEIGHT_NOT_PARAMETER if computed else ReasonCode.UNSUPPORTED_KIND,
         )
         self._add(at, layer, members)
+        self.rests.add(layer.name)
+
+    def _shares(self, site: Site) -> dict[str, int]:
+        """Divide a site's work among the layers of its parameters; a bias has no part in it, but its layer ran."""
+        shares: dict[str, int] = {}
+        for name in site.parameters:
+            layer, tensor = self.counted[name], self.parameters[name]
+            if name in self.whole or layer in self.rests:
+                shares[layer] = shares.get(layer, 0) + (tensor.numel() if tensor.dim() > 1 else 0)
+        return shares
 
     def _unused(self) -> None:
         """Take in what no operator in sight uses: it costs parameters and is part of the plan all the same."""
@@ -178,7 +186,7 @@ class _Stocktaking:
         readers = [node for method in self.methods.values() for node in method.consumers.get(name, [])]
         if any(self._kind_reason(site) is not None for site in sites):
             return None
-        if not sites and not any(node.kind() in _MULTIPLYING for node in readers):
+        if not sites and not any(node.kind() in MULTIPLYING for node in readers):
             return None
         if sites and self._alike(sites) and self._alone(name, sites, readers):
             return None

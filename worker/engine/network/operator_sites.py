@@ -35,6 +35,12 @@ OPERATORS: dict[str, tuple[str, int, int, int | None]] = {
 }
 # These are layers even where the weight is computed or a constant; the others only where a parameter enters.
 _ALWAYS = frozenset({"linear", "conv", "conv_transpose"})
+# Operators that multiply by a weight but have no kind of their own; their weights are layers of kind "parameter".
+_MULTIPLYING_NAMES = """
+    lstm gru rnn_tanh rnn_relu lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell einsum tensordot baddbmm addbmm mv
+    bilinear _trilinear embedding_bag _transformer_encoder_layer_fwd _native_multi_head_attention
+"""
+MULTIPLYING = frozenset(f"aten::{name}" for name in _MULTIPLYING_NAMES.split())
 # What gives a part of a tensor, or the same numbers in another shape.
 _VIEW_NAMES = """
     t transpose permute numpy_T mT view reshape chunk split split_with_sizes unbind select slice narrow flatten

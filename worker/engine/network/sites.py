@@ -18,7 +18,7 @@ from worker.engine.network.graphs import (
     self_value,
     walk,
 )
-from worker.engine.network.operator_sites import OPERATORS, Site, key_of, operator_site
+from worker.engine.network.operator_sites import MULTIPLYING, OPERATORS, Site, key_of, operator_site
 from worker.engine.network.parameters import Parameters
 from worker.engine.network.plain_paths import fix_flags, simplify, take_plain_paths
 
@@ -193,28 +193,36 @@ def _is_written(value: Value) -> bool:
 
 
 def _other_sites(method: str, found: MethodSites, names: list[str]) -> Iterator[Site]:
-    """Gather the parameters that no listed operator takes, one site per owning module."""
+    """Gather the parameters that no listed operator takes: for each owning module one site, or one for each product."""
     groups: dict[str, list[str]] = {}
     for name in names:
         if found.consumers.get(name):
             groups.setdefault(name.rpartition(".")[0] or name, []).append(name)
     for layer, members in groups.items():
         nodes = list({key_of(node): node for name in members for node in found.consumers[name]}.values())
-        kinds = {node.kind().removeprefix("aten::") for node in nodes}
-        node = nodes[0]
-        tensors = [
-            at
-            for at, value in enumerate(node.inputs())
-            if is_tensor(value) and attribute_chain(value, found.root) is None
-        ]
-        single = len(nodes) == 1 and node.outputsSize() > 0 and is_tensor(node.outputsAt(0)) and bool(tensors)
-        yield Site(
-            method=method,
-            node=node,
-            layer=layer,
-            kind=kinds.pop() if len(kinds) == 1 and node.kind() not in _NO_NAME else "other",
-            input_at=tensors[0] if single else None,
-            weight=members[0],
-            bias=None,
-            parameters=tuple(members),
-        )
+        kinds = {node.kind() for node in nodes}
+        if len(kinds) == 1 and kinds <= MULTIPLYING:  # a cell that is called again
+            for node in nodes:
+                own = [name for name in members if key_of(node) in map(key_of, found.consumers[name])]
+                yield _other_site(method, found, layer, own, [node])
+        else:
+            yield _other_site(method, found, layer, members, nodes)
+
+
+def _other_site(method: str, found: MethodSites, layer: str, members: list[str], nodes: list[Node]) -> Site:
+    kinds = {node.kind().removeprefix("aten::") for node in nodes}
+    node = nodes[0]
+    tensors = [
+        at for at, value in enumerate(node.inputs()) if is_tensor(value) and attribute_chain(value, found.root) is None
+    ]
+    single = len(nodes) == 1 and node.outputsSize() > 0 and is_tensor(node.outputsAt(0)) and bool(tensors)
+    return Site(
+        method=method,
+        node=node,
+        layer=layer,
+        kind=kinds.pop() if len(kinds) == 1 and node.kind() not in _NO_NAME else "other",
+        input_at=tensors[0] if single else None,
+        weight=members[0],
+        bias=None,
+        parameters=tuple(members),
+    )
