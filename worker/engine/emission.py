@@ -9,13 +9,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file
 
 from service.contract.errors import ErrorCode, ProblemError
-from worker.engine.assembly import assemble, load_state
+from worker.engine.file_size import artifact_bytes
 from worker.engine.learn import FINAL_PLAN, FINAL_STATE
-from worker.engine.network.export import export_bytes
 
 ARTIFACT = "artifact.pt"
 
@@ -41,9 +39,7 @@ def emit(model: Path, work_dir: Path) -> dict[str, Any]:
         ``CONSTRAINT_UNREACHABLE`` when the file is not smaller than the reference's.
     """
     plan = json.loads((work_dir / FINAL_PLAN).read_text(encoding="utf-8"))
-    network = assemble(model, plan["recipe"], torch.device("cpu"), as_stored=True)
-    load_state(network, load_file(work_dir / FINAL_STATE))
-    content = export_bytes(network)
+    content = artifact_bytes(model, plan["recipe"], load_file(work_dir / FINAL_STATE))
     reference_bytes = model.stat().st_size
     if len(content) >= reference_bytes:
         raise ProblemError(
@@ -55,7 +51,7 @@ def emit(model: Path, work_dir: Path) -> dict[str, Any]:
         raise ProblemError(
             ErrorCode.CONSTRAINT_UNREACHABLE,
             f"the compressed file has {len(content)} bytes, the budget allows {plan['limit']}: its code and the places "
-            "of its tensors take more than was set aside. Raise the budget a little, or let fewer layers be compressed",
+            "of its tensors take more than was expected. Raise the budget a little, or let fewer layers be compressed",
         )
     path = work_dir / ARTIFACT
     path.write_bytes(content)

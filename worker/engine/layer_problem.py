@@ -12,8 +12,6 @@ from worker.engine.network.layers import Layer
 
 UNITS: dict[Metric, str] = {"macs": "multiply-adds", "params": "parameters", "bytes": "bytes"}  # of a size, in words
 
-FILE_OVERHEAD_BYTES = 4096  # measured on emitted files; a bound, so that a budget in bytes of the file is kept
-
 
 @dataclass(frozen=True)
 class DroppedTerm:
@@ -47,6 +45,8 @@ class LayerProblem:
         What size is counted in: the budget's metric, else that of the cost.
     dropped : tuple of DroppedTerm
         Terms that do not take part.
+    overheads : tuple of int
+        For each choice, what its module takes of a file beside numbers, once it stores any; empty in other metrics.
     """
 
     layer: Layer
@@ -57,6 +57,7 @@ class LayerProblem:
     dense_price: float
     metric: Metric
     dropped: tuple[DroppedTerm, ...] = ()
+    overheads: tuple[int, ...] = ()
 
     @property
     def dense_size(self) -> int:
@@ -69,7 +70,12 @@ class LayerProblem:
 
     def size_of(self, counts: Sequence[Counts]) -> int:
         """Size of the sum at given counts of its terms, without the bias; a term that stores nothing fell away."""
-        return sum_size(self.geometry, self.metric, [choice.term.composed for choice in self.choices], counts)
+        numbers = sum_size(self.geometry, self.metric, [choice.term.composed for choice in self.choices], counts)
+        return numbers + self.overhead_of(counts)
+
+    def overhead_of(self, counts: Sequence[Counts]) -> int:
+        """What the terms take of a file beside numbers; one that stores nothing has no module."""
+        return sum(code for code, each in zip(self.overheads, counts, strict=False) if each.bits > 0)
 
     def size_with(self, made: Projection) -> int:
         """Size of the layer with a projection."""
@@ -110,8 +116,8 @@ class LayerProblem:
         return min(self.size_of(least), self.dense_size)
 
     def _size_alone(self, place: int, units: int) -> int:
-        term = self.choices[place].term
-        return sum_size(self.geometry, self.metric, [term.composed], [term.least_counts(units)])
+        least = self.choices[place].term.least_counts(units)
+        return self.size_of([least if at == place else Counts() for at in range(len(self.choices))])
 
 
 def dense_size(geometry: Geometry, metric: Metric) -> int:
@@ -129,9 +135,3 @@ def sum_size(geometry: Geometry, metric: Metric, composed: Sequence[bool], count
         return sum(-(-each.bits // 8) for each in counts)
     operator = any(rebuilt and each.bits > 0 for rebuilt, each in zip(composed, counts, strict=True))
     return sum(each.macs for each in counts) + (geometry.dense_macs if operator else 0)
-
-
-def emitted_overhead_bytes(problems: Sequence[LayerProblem]) -> int:
-    """Room for what a file needs beside numbers: code of the emitted modules, each tensor's place in the archive."""
-    terms = [choice.term for problem in problems for choice in problem.choices]
-    return FILE_OVERHEAD_BYTES + sum(term.overhead_bytes for term in terms)

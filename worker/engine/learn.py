@@ -14,15 +14,16 @@ from torch import Tensor
 from service.contract.errors import ErrorCode, ProblemError
 from service.contract.events import EventKind
 from service.contract.resolve import resolve_at_submit
-from service.contract.spec import JobSpec
+from service.contract.spec import JobSpec, Metric
 from service.contract.states import Phase
 from worker.engine.assembly import assemble, code_count, load_state
 from worker.engine.data import Dataset
 from worker.engine.data_files import open_arrays
 from worker.engine.device import choose_device
 from worker.engine.examples import example_inputs, suggestion
+from worker.engine.file_size import FileMeasure, bounded_network, is_negligible, measured_network
 from worker.engine.forward import call
-from worker.engine.layer_problem import emitted_overhead_bytes
+from worker.engine.layer_problem import LayerProblem
 from worker.engine.layer_rules import apply_rules, name_parameters, size_metric
 from worker.engine.methods.context import Context, Outcome
 from worker.engine.methods.registry import method_for
@@ -144,11 +145,8 @@ def _context(
     metric = size_metric(spec)
     require_problems(decisions, metric)
     total = {"macs": census.total_macs, "params": census.total_params, "bytes": sources.model.stat().st_size}[metric]
-    rest = total - sum(problem.dense_size for problem in decisions.problems)
-    if metric == "bytes":
-        rest += emitted_overhead_bytes(decisions.problems)
-    network = Network(tuple(decisions.problems), rest)
     limit = None if spec.budget is None else spec.budget.limit(total)
+    network, measure = _network(sources.model, decisions.problems, metric, total, limit, device)
     require_reachable(network, limit, total, metric)
     context = Context(
         source=sources.model,
@@ -163,9 +161,25 @@ def _context(
         observer=observer,
         saved=saved,
         resolved=resolve_at_submit(spec),
+        measure=measure,
     )
     _resolve_what_is_known(context, examples)
     return context
+
+
+def _network(
+    source: Path, problems: Sequence[LayerProblem], metric: Metric, total: int, limit: int | None, device: torch.device
+) -> tuple[Network, FileMeasure | None]:
+    """Size the network; under a budget in bytes with what its code takes of the file, measured where that counts."""
+    if metric != "bytes" or limit is None:
+        return Network(tuple(problems), total - sum(problem.dense_size for problem in problems)), None
+    bounded = bounded_network(problems, total)
+    if is_negligible(bounded, limit):
+        return bounded, None
+    measure = FileMeasure(source, problems)
+    parameters = dict(widen(load_model(source, device)).named_parameters())
+    weights = [parameters[str(problem.layer.weight)] for problem in problems]
+    return measured_network(bounded, weights, measure), measure
 
 
 def _resolve_what_is_known(context: Context, examples: Sequence[Tensor]) -> None:

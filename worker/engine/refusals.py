@@ -64,18 +64,18 @@ def require_reachable(network: Network, limit: int | None, total: int, metric: M
     raise ProblemError(
         ErrorCode.CONSTRAINT_UNREACHABLE,
         f"the budget is {limit} {UNITS[metric]}, but with every layer at its lowest rank the network has {least} "
-        f"({least / total:.4f} of the reference's {total}): {_why_no_less(least, total, metric)}",
+        f"({least / total:.4f} of the reference's {total}): {_why_no_less(network, total, metric)}",
     )
 
 
-def _why_no_less(least: int, total: int, metric: Metric) -> str:
-    if least < total:
-        return "the rest is in what stays dense. Raise the budget, or let more layers or other terms be compressed"
-    if metric == "bytes":
+def _why_no_less(network: Network, total: int, metric: Metric) -> str:
+    if metric == "bytes" and any(problem.least_size >= problem.dense_size for problem in network.problems):
         return (
-            "what layers become has code and places in the file, and these take more than is saved. Compress the "
-            'largest layers alone (a rule with "keep": "dense" for the others), or a larger model'
+            "of some layers the code and places in the file would take more than is saved, so they stay dense. "
+            "Raise the budget, let other terms be used, or compress a larger model"
         )
+    if network.least_size < total:
+        return "the rest is in what stays dense. Raise the budget, or let more layers or other terms be compressed"
     return "what the rules fix saves nothing. Lower ranks and sizes, or leave them out, so that the budget chooses them"
 
 

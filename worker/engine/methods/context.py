@@ -19,6 +19,7 @@ from worker.engine.layer_rules import Decisions
 from worker.engine.network.load import load_model
 from worker.engine.objective import Objective
 from worker.engine.observer import Observer, PulseKind, Saved
+from worker.engine.selection.file_filling import Measure
 from worker.engine.selection.network import Network
 from worker.engine.teacher import Teacher
 from worker.engine.training import Trainer
@@ -45,6 +46,8 @@ class Context:
         Problems and sizes.
     limit : int or None
         The budget in the network's metric.
+    measure : callable or None
+        Gives the size of the file that projections become, where that is worth its time: code counts.
     dataset, objective, teacher
         None without data.
     observer : Observer
@@ -70,6 +73,7 @@ class Context:
     observer: Observer
     saved: Saved | None = None
     resolved: dict[str, Any] = field(default_factory=dict)
+    measure: Measure | None = None
     position: int = field(init=False)
 
     def __post_init__(self) -> None:

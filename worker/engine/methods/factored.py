@@ -31,6 +31,7 @@ from worker.engine.methods.learning_rate import range_test, tuning_rate
 from worker.engine.methods.scoring import select_score, with_better_statistics
 from worker.engine.observer import Saved
 from worker.engine.rank_rows import final_rows
+from worker.engine.selection.file_filling import fill_file
 from worker.engine.selection.network import held_against, settle_dense
 from worker.engine.selection.steering import PROHIBITIVE, pressure_for
 from worker.engine.selection.units import fill
@@ -179,11 +180,13 @@ def _settle(context: Context, learned: Learned) -> list[Projection]:
     if network.size(made) > context.limit:
         _, made = pressure_for(network, targets, context.limit, warm=[each.factors for each in made], mu=mu)
         made = settle_dense(network, fill(network, targets, made, context.limit, mu=mu))
-    if network.size(made) > context.limit:
+    size = network.size(made)
+    if context.measure is not None:
+        made, size = fill_file(network, targets, made, context.limit, context.measure, mu=mu)
+    if size > context.limit:
         raise ProblemError(
             ErrorCode.CONSTRAINT_UNREACHABLE,
-            f"the smallest size reached is {network.size(made)} {UNITS[size_metric(context.spec)]} of at most "
-            f"{context.limit}",
+            f"the smallest size reached is {size} {UNITS[size_metric(context.spec)]} of at most {context.limit}",
         )
     return made
 

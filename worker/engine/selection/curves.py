@@ -86,7 +86,8 @@ class Curve:
             else:
                 counts.append(term.least_counts(choice.rank_low) if choice.rank_low > 0 else Counts())
         composed = [term.composed for term in self.terms]
-        return sum_size(self.problem.geometry, self.problem.metric, composed, counts)
+        numbers = sum_size(self.problem.geometry, self.problem.metric, composed, counts)
+        return numbers + self.problem.overhead_of(counts)
 
 
 def curves_of(problems: Sequence[LayerProblem], weights: Sequence[Tensor]) -> list[Curve]:

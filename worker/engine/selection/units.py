@@ -27,13 +27,15 @@ def fill(
     *,
     mu: float = inf,
     accuracy: Accuracy = Accuracy.EXACT,
+    expected: bool = False,
 ) -> list[Projection]:
     """Use what a budget has left: raise units by the largest energy/cost that still fits, then fit at those units.
 
-    A layer never grows to the size of its dense form, and the limit is never exceeded. Terms that are not graded stay
-    as they are, and so do layers that share a term with others.
+    A layer never grows to the size of its dense form, and the limit is never exceeded, unless `expected` is set: then
+    a term adds as much as its bounds differ, where the bound of its pattern may be far above what it stores. Terms that
+    are not graded stay as they are, and so do layers that share a term with others.
     """
-    filling = _Filling(network, projections, limit - network.size(projections))
+    filling = _Filling(network, projections, limit - network.size(projections), expected=expected)
 
     def left_by(index: int) -> dict[int, Tensor]:
         return _energies_left(network.problems[index], weights[index], projections[index])
@@ -66,10 +68,13 @@ def together(units: int) -> int:
 class _Filling:
     """The queue of units that could still be added, best first."""
 
-    def __init__(self, network: Network, projections: Sequence[Projection], left: int) -> None:
+    def __init__(
+        self, network: Network, projections: Sequence[Projection], left: int, *, expected: bool = False
+    ) -> None:
         self._problems = network.problems
         self._projections = projections
         self._left = left
+        self._expected = expected
         self._counts = [made.counts(p.choices) for p, made in zip(network.problems, projections, strict=True)]
         self._energies: dict[tuple[int, int], list[float]] = {}
         self._queue: list[tuple[float, int, int, int]] = []
@@ -78,6 +83,8 @@ class _Filling:
     def offer(self, index: int, place: int, energies: Tensor) -> None:
         """Take a term's units into the queue, one at a time."""
         self._energies[index, place] = energies.tolist()
+        if self._expected and self.ranks[index][place] > 0:
+            self._counts[index][place] = self._term(index, place).counts_at(self.ranks[index][place])
         self._push(index, place, 0)
 
     def run(self) -> None:
