@@ -29,6 +29,17 @@ class CrossAttention(nn.Module):
         return self.attention(x, memory, memory)[0]
 
 
+class WidthsApart(nn.Module):
+    def __init__(self, *, bias: bool) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, bias=bias, kdim=6, vdim=6, batch_first=True)
+        if bias:
+            nn.init.normal_(self.attention.in_proj_bias)
+
+    def forward(self, x: Tensor, memory: Tensor) -> Tensor:
+        return self.attention(x, memory, memory, need_weights=False)[0]
+
+
 class Encoder(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -81,6 +92,16 @@ def test_a_projection_that_is_chunked_before_its_use_is_composed(how: str) -> No
     model = CrossAttention().eval()
     file = saved(torch.jit.script(model) if how == "scripted" else torch.jit.trace(model, inputs, check_trace=False))
     check(file, inputs, {"attention.in_proj_weight": "parameter", "attention.out_proj": "linear"})
+
+
+@pytest.mark.parametrize(("how", "bias"), [("scripted", True), ("traced", True), ("traced", False)])
+def test_keys_and_values_of_other_widths_have_projections_whose_biases_stay(how: str, bias: bool) -> None:
+    torch.manual_seed(0)
+    inputs = (torch.randn(3, 5, 8), torch.randn(3, 4, 6))
+    model = WidthsApart(bias=bias).eval()
+    file = saved(torch.jit.script(model) if how == "scripted" else torch.jit.trace(model, inputs, check_trace=False))
+    names = dict.fromkeys([f"attention.{which}_proj_weight" for which in "qkv"] + ["attention.out_proj"], "linear")
+    check(file, inputs, names)
 
 
 def test_an_encoder_with_a_mask_runs_its_plain_path() -> None:

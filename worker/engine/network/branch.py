@@ -10,6 +10,23 @@ from worker.engine.network.operator_sites import Site
 from worker.engine.network.parameters import Shape
 from worker.engine.network.sites import MethodSites
 
+# Torch's own attention projects with a bias that is a part of one, or None.
+_OR_ZERO = """
+graph(%output : Tensor, %bias : Tensor?):
+  %none : NoneType = prim::Constant()
+  %one : int = prim::Constant[value=1]()
+  %given : bool = aten::__isnot__(%bias, %none)
+  %made : Tensor = prim::If(%given)
+    block0():
+      %there : Tensor = prim::unchecked_cast(%bias)
+      -> (%there)
+    block1():
+      %size : int[] = prim::ListConstruct(%one)
+      %zero : Tensor = aten::new_zeros(%output, %size, %none, %none, %none, %none)
+      -> (%zero)
+  return (%made)
+"""
+
 
 def put_branch(
     module: torch.jit.ScriptModule,
@@ -88,6 +105,8 @@ def _add_to_output(graph: Graph, site: Site, branch: Value) -> None:
 def _with_bias(graph: Graph, site: Site, branch: Value) -> Value:
     """Add the site's own bias, along the channels of a convolution."""
     bias = site.node.inputsAt(site.bias_at)
+    if bias.type().kind() == "OptionalType":
+        bias = _or_zero(graph, site, branch, bias)
     axes = int(site.kind[-2]) if site.kind.startswith("conv") else 0
     if axes:
         shape = constant_before(graph, site.node, [-1] + [1] * axes)
@@ -98,6 +117,14 @@ def _with_bias(graph: Graph, site: Site, branch: Value) -> Value:
     total = _sum(graph, site, branch, bias)
     total.insertBefore(site.node)
     return total.output()
+
+
+def _or_zero(graph: Graph, site: Site, branch: Value, bias: Value) -> Value:
+    """Give a bias that may be None, or a zero in its place."""
+    graph.setInsertPoint(site.node)
+    made = graph.insertGraph(torch._C.parse_ir(_OR_ZERO), [branch, bias])[0]
+    graph.setInsertPoint(graph.return_node())
+    return made
 
 
 def _sum(graph: Graph, site: Site, left: Value, right: Value) -> Node:
