@@ -5,6 +5,7 @@ import pytest
 import torch
 from network_corpus import CASES, factor_pair, saved
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from service.contract.errors import ErrorCode, ProblemError
 from worker.engine.network.costs import take_census
@@ -41,6 +42,19 @@ class Attends(nn.Module):
         return self.attention(x, x, x)[0]
 
 
+class Mirrored(nn.Module):
+    """An autoencoder whose decoder is its encoder's transpose, and a layer that has the encoder's first rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.Linear(12, 8)
+        self.rest = nn.Parameter(torch.randn(12))
+
+    def forward(self, x: Tensor) -> Tensor:
+        code = F.relu(self.encoder(x))
+        return F.linear(code, self.encoder.weight.t(), self.rest) + F.linear(x, self.encoder.weight[:4]).sum(1, True)
+
+
 def tokens(batch: int) -> tuple[Tensor, ...]:
     return (torch.randint(0, 9, (batch, 5)),)
 
@@ -65,6 +79,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[int], tuple[Tensor, .
     "conv_net": (CASES["conv_net"].build, CASES["conv_net"].inputs, {"conv2d", "linear"}),
     "tagger": (Tagger, tokens, {"parameter", "matmul"}),
     "many_kinds": (CASES["many_kinds"].build, CASES["many_kinds"].inputs, set()),
+    "mirrored": (Mirrored, lambda batch: (torch.randn(batch, 12),), {"parameter"}),
     "attends": (Attends, lambda batch: (torch.randn(batch, 4, 8),), {"linear"}),
 }
 

@@ -110,6 +110,15 @@ def _name(node: Node, number: int) -> str:
     return f"{'recurrent' if kind == 'ListConstruct' else kind}_{number}"
 
 
+_Memory = tuple[int, tuple[int, ...], tuple[int, ...]]
+_Place = tuple[str, str, bool]  # layer, role, and whether it is read as its transpose
+
+
+def _memory(tensor: torch.Tensor) -> _Memory:
+    """Tell a tensor from all that hold other numbers, or the same in another order."""
+    return tensor.data_ptr(), tuple(tensor.shape), tuple(tensor.stride())
+
+
 class _Held(nn.Module):
     """Parameters and statistics of one operator."""
 
@@ -125,17 +134,18 @@ class _Held(nn.Module):
 class _Lifted:
     def __init__(self, module: torch.jit.ScriptModule) -> None:
         self.module = module
-        self.by_address: dict[int, tuple[str, str]] = {}
+        self.places: dict[_Memory, _Place] = {}
 
     def lift(self, graph: Graph, node: Node, name: str, roles: Mapping[str, int], *, apart: bool) -> None:
         """Let one operator read parameters instead of constants."""
         tensors = {role: tensor for role, at in roles.items() if (tensor := _constant(node.inputsAt(at))) is not None}
-        known = {role: self.by_address[x.data_ptr()] for role, x in tensors.items() if x.data_ptr() in self.by_address}
+        known = {role: self.places[_memory(x)] for role, x in tensors.items() if _memory(x) in self.places}
         # An operator whose matrix is known is another call of the same layer: its vectors are that layer's too.
-        layer = next((known[role][0] for role, x in tensors.items() if x.dim() > 1 and role in known), None)
+        matrices = [known[role] for role, x in tensors.items() if x.dim() > 1 and role in known]
+        layer = next((owner for owner, _, turned in matrices if not turned), None)
         for role, tensor in tensors.items():
             if tensor.dim() == 1 and layer is not None and self._holds(layer, role, tensor):
-                known[role] = (layer, role)
+                known[role] = (layer, role, False)
             elif tensor.dim() == 1 and apart:
                 known.pop(role, None)
         new = {role: tensor for role, tensor in tensors.items() if role not in known}
@@ -145,9 +155,11 @@ class _Lifted:
             held = torch.jit.script(_Held(new))
             self.module._c._register_attribute(name, held._c._type(), held._c)
         for role, tensor in tensors.items():
-            place = known.get(role, (name, role))
-            self.by_address.setdefault(tensor.data_ptr(), place)
-            node.replaceInput(roles[role], self._read(graph, node, *place))
+            place = known.get(role, (name, role, False))
+            self.places.setdefault(_memory(tensor), place)
+            if tensor.dim() == 2:
+                self.places.setdefault(_memory(tensor.t()), (*place[:2], not place[2]))
+            node.replaceInput(roles[role], self._read(graph, node, place))
 
     def _holds(self, layer: str, role: str, tensor: torch.Tensor) -> bool:
         holder = self.module._c.getattr(layer)
@@ -157,10 +169,11 @@ class _Lifted:
         """Let all other readers of a lifted matrix read the parameter too."""
         for node in [node for node in walk(graph) if node.kind() == "prim::Constant" and node.outputsSize()]:
             tensor = _constant(node.output())
-            if tensor is not None and tensor.dim() > 1 and node.hasUses() and tensor.data_ptr() in self.by_address:
-                node.output().replaceAllUsesWith(self._read(graph, node, *self.by_address[tensor.data_ptr()]))
+            if tensor is not None and tensor.dim() > 1 and node.hasUses() and _memory(tensor) in self.places:
+                node.output().replaceAllUsesWith(self._read(graph, node, self.places[_memory(tensor)]))
 
-    def _read(self, graph: Graph, before: Node, owner: str, name: str) -> Value:
+    def _read(self, graph: Graph, before: Node, place: _Place) -> Value:
+        owner, name, turned = place
         holder = graph.create("prim::GetAttr", [self_value(graph)], 1)
         holder.s_("name", owner)
         holder.output().setType(self.module._c.getattr(owner)._type())
@@ -169,4 +182,9 @@ class _Lifted:
         made.s_("name", name)
         made.output().setType(torch._C.TensorType.get())
         made.insertBefore(before)
-        return made.output()
+        if not turned:
+            return made.output()
+        transposed = graph.create("aten::t", [made.output()], 1)
+        transposed.output().setType(torch._C.TensorType.get())
+        transposed.insertBefore(before)
+        return transposed.output()
