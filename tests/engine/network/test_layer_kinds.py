@@ -178,6 +178,35 @@ def test_recurrent_weights_are_parameters(kind: str, weights: int, how: str) -> 
     assert not any(name.startswith("rnn.weight") for name in names)
 
 
+class LastState(nn.Module):
+    """Reads a recurrent layer's last state alone, of sequences that are packed or not."""
+
+    __constants__ = ("packed",)
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.rnn = (nn.GRU if kind == "gru" else nn.LSTM)(4, 6, batch_first=True)
+        self.packed = kind == "packed lstm"
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.packed:
+            lengths = torch.full((x.size(0),), 3)
+            x_packed = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+            state = self.rnn(x_packed)[1]
+        else:
+            state = self.rnn(x)[1]
+        return state[0] if isinstance(state, Tensor) else state[0][0]
+
+
+@BOTH
+@pytest.mark.parametrize("kind", ["gru", "lstm", "packed lstm"])
+def test_recurrent_weights_have_run_where_only_the_last_state_is_read(kind: str, how: str) -> None:
+    torch.manual_seed(0)
+    census, _ = round_trip(LastState(kind), (torch.randn(2, 5, 4),), how)
+    assert kinds(census) == dict.fromkeys(["rnn.weight_ih_l0", "rnn.weight_hh_l0"], "parameter")
+    assert [layer.calls for layer in census.layers if layer.reason is None] == [1, 1]
+
+
 class Cells(nn.Module):
     def __init__(self) -> None:
         super().__init__()

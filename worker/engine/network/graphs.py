@@ -11,6 +11,7 @@ Block: TypeAlias = Any
 Node: TypeAlias = Any
 Value: TypeAlias = Any
 
+_Inside = tuple[int, ...]  # where a value stands in a tuple, and in the tuples inside of that
 _TRANSPARENT = frozenset({"prim::unchecked_cast", "prim::unchecked_unwrap_optional", "aten::_unwrap_optional"})
 
 
@@ -135,6 +136,46 @@ def constant(module: torch.jit.ScriptModule, value: Value, root: Value) -> Any:
 def is_tensor(value: Value) -> bool:
     """Tell whether a value is typed as a plain (not optional) tensor."""
     return bool(value.type().kind() == "TensorType")
+
+
+def branch_of(end: Node) -> Node | None:
+    """Give the `prim::If` whose arm ends at a `prim::Return`."""
+    owner = end.owningBlock().owningNode()
+    return owner if owner is not None and owner.kind() == "prim::If" else None
+
+
+def is_read(value: Value) -> bool:
+    """Tell whether the graph's outputs may depend on a value; if not, it may never be computed."""
+    pending: list[tuple[Value, _Inside]] = [(value, ())]
+    seen: set[tuple[str, _Inside]] = set()
+    while pending:
+        current, inside = pending.pop()
+        if (current.debugName(), inside) in seen:
+            continue
+        seen.add((current.debugName(), inside))
+        for use in current.uses():
+            made = _made_with(use, inside)
+            if made is None:
+                return True
+            pending.extend(made)
+    return False
+
+
+def _made_with(use: Any, inside: _Inside) -> list[tuple[Value, _Inside]] | None:
+    """List what a use makes of a value; None where it does more than that."""
+    node, kind = use.user, use.user.kind()
+    if kind == "prim::TupleConstruct":
+        return [(node.output(), (use.offset, *inside))]
+    if kind == "prim::TupleUnpack" and inside:
+        return [(node.outputsAt(inside[0]), inside[1:])]
+    if kind == "prim::TupleIndex" and inside:
+        at = node.inputsAt(1).toIValue()
+        return [] if isinstance(at, int) and 0 <= at != inside[0] else [(node.output(), inside[1:])]
+    if kind == "prim::Return" and (branch := branch_of(node)) is not None:
+        return [(branch.outputsAt(use.offset), inside)]
+    if kind.startswith("aten::") and not kind.endswith("_"):
+        return [(made, ()) for made in node.outputs()]
+    return None
 
 
 def source_line(node: Node) -> str:

@@ -76,6 +76,8 @@ class Site:
         "value" for a bias that is computed, or may be None.
     parameters : tuple of str
         First names of all parameters that enter here.
+    output_at : int
+        Which of the operator's outputs is the tensor that comes out.
     """
 
     method: str
@@ -89,6 +91,7 @@ class Site:
     bias_is: Literal["none", "parameter", "value"] = "none"
     bias_at: int | None = None
     parameters: tuple[str, ...] = ()
+    output_at: int = 0
 
     @property
     def input(self) -> Value:
@@ -98,7 +101,7 @@ class Site:
     @property
     def output(self) -> Value:
         """The tensor that comes out."""
-        return self.node.outputsAt(0)
+        return self.node.outputsAt(self.output_at)
 
 
 def key_of(node: Node) -> str:

@@ -11,6 +11,8 @@ from worker.engine.network.graphs import (
     Value,
     attribute,
     attribute_chain,
+    branch_of,
+    is_read,
     is_tensor,
     method_names,
     open_graph,
@@ -159,7 +161,7 @@ def _consumers(value: Value) -> Iterator[Node]:
     for use in value.uses():
         if use.user.kind() in _PASSING or (use.user.kind() in _TURNING and use.offset == 0):
             yield from _consumers(use.user.output())
-        elif use.user.kind() == "prim::Return" and (branch := _branch_of(use.user)) is not None:
+        elif use.user.kind() == "prim::Return" and (branch := branch_of(use.user)) is not None:
             yield from _consumers(branch.outputsAt(use.offset))
         elif use.user.kind() not in QUESTIONS:
             yield use.user
@@ -171,12 +173,6 @@ def _questions(value: Value) -> Iterator[Node]:
             yield use.user
         elif use.user.kind() in _PASSING and use.user.kind() != "prim::ListConstruct":
             yield from _questions(use.user.output())
-
-
-def _branch_of(end: Node) -> Node | None:
-    """Give the `prim::If` whose arm ends here."""
-    owner = end.owningBlock().owningNode()
-    return owner if owner is not None and owner.kind() == "prim::If" else None
 
 
 def _is_written(value: Value) -> bool:
@@ -215,7 +211,8 @@ def _other_site(method: str, found: MethodSites, layer: str, members: list[str],
     tensors = [
         at for at, value in enumerate(node.inputs()) if is_tensor(value) and attribute_chain(value, found.root) is None
     ]
-    single = len(nodes) == 1 and node.outputsSize() > 0 and is_tensor(node.outputsAt(0)) and bool(tensors)
+    outputs = [at for at, value in enumerate(node.outputs()) if is_tensor(value)]
+    single = len(nodes) == 1 and 0 in outputs and bool(tensors)
     return Site(
         method=method,
         node=node,
@@ -225,4 +222,6 @@ def _other_site(method: str, found: MethodSites, layer: str, members: list[str],
         weight=members[0],
         bias=None,
         parameters=tuple(members),
+        # Of a recurrent layer's outputs one that is read: what nothing reads is never seen to be made.
+        output_at=next((at for at in outputs if is_read(node.outputsAt(at))), 0),
     )
