@@ -46,6 +46,7 @@ class ReasonCode(StrEnum):
     NOT_FLOATING = "NOT_FLOATING"
     NOT_EXECUTED = "NOT_EXECUTED"
     COST_UNKNOWN = "COST_UNKNOWN"
+    UNUSED = "UNUSED"
     # The layer stays dense because of the spec or the budget.
     KEPT_BY_RULE = "KEPT_BY_RULE"
     NO_RULE = "NO_RULE"
@@ -68,6 +69,7 @@ REASON_MEANINGS: dict[ReasonCode, str] = {
     ReasonCode.NOT_FLOATING: "The weight does not hold floating point numbers.",
     ReasonCode.NOT_EXECUTED: "The layer did not run for the example inputs, so its cost is unknown.",
     ReasonCode.COST_UNKNOWN: "The layer ran, but its multiply-adds could not be counted.",
+    ReasonCode.UNUSED: "No method of the model reads the parameters; the compressed file is without them.",
     ReasonCode.KEPT_BY_RULE: "A rule of the spec keeps the layer dense.",
     ReasonCode.NO_RULE: "No rule of the spec matches the layer.",
     ReasonCode.NO_TERM_APPLICABLE: "None of the rule's terms applies to this kind of layer.",

@@ -171,6 +171,7 @@ class Zoo(nn.Module):
         self.other_branch = nn.Linear(20, 20)
         self.fc = nn.Linear(20, 20)
         self.narrow = nn.Linear(20, 1)
+        self.spare = nn.Linear(20, 20)
 
     def forward(self, x: Tensor) -> Tensor:
         aside = torch.jit.fork(self.shared, x)
@@ -205,6 +206,7 @@ def test_every_reason_is_given_by_some_layer_or_term(tmp_path: Path) -> None:
         "table": ReasonCode.NOT_FLOATING,
         "other_branch": ReasonCode.NOT_EXECUTED,
         "narrow": ReasonCode.NOT_CHEAPER,
+        "spare": ReasonCode.UNUSED,
     }
     assert [problem.layer.name for problem in zoo.problems] == ["fc"]
     given |= set(zoo.dense.values())

@@ -18,6 +18,12 @@ def call(module: torch.jit.ScriptModule, inputs: Sequence[Tensor]) -> tuple[Tens
     return flatten(call_nested(module, inputs))
 
 
+def call_seeded(module: torch.jit.ScriptModule, inputs: Sequence[Tensor], seed: int) -> tuple[Tensor, ...]:
+    """Run ``forward`` with the generators at a seed, so that networks that draw random numbers draw the same."""
+    torch.manual_seed(seed)
+    return call(module, inputs)
+
+
 def call_nested(module: torch.jit.ScriptModule, inputs: Sequence[Tensor]) -> Any:
     """Run ``forward``; what it returns may be a tensor, or tuples, lists and dicts of tensors.
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from service.contract.errors import ErrorCode, ProblemError
 from service.contract.events import EventKind
+from service.contract.plan import ReasonCode
 from service.contract.resolve import resolve_at_submit
 from service.contract.spec import JobSpec, Metric
 from service.contract.states import Phase
@@ -22,9 +23,9 @@ from worker.engine.data_files import open_arrays
 from worker.engine.device import choose_device
 from worker.engine.examples import example_inputs, suggestion
 from worker.engine.file_size import FileMeasure, bounded_network, is_negligible, measured_network
-from worker.engine.forward import call
+from worker.engine.forward import call_seeded
 from worker.engine.layer_problem import LayerProblem
-from worker.engine.layer_rules import apply_rules, name_parameters, size_metric
+from worker.engine.layer_rules import Decisions, apply_rules, name_parameters, size_metric
 from worker.engine.methods.context import Context, Outcome
 from worker.engine.methods.registry import method_for
 from worker.engine.network.costs import Census, take_census
@@ -42,6 +43,7 @@ from worker.engine.widening import as_inputs, dtype_bits, floating_dtype, widen
 FINAL_STATE = "final.safetensors"
 FINAL_PLAN = "final.json"
 EXPECTED = "expected.safetensors"
+ROUTED_SAMPLES = 64  # on which layers are looked for that the first sample does not run
 COMPARED_SAMPLES = 32  # held-out samples on which the reloaded artifact is compared with the trained network
 
 
@@ -97,7 +99,8 @@ def learn(sources: Sources, spec: JobSpec, observer: Observer, saved: Saved | No
         )
     observer.phase(Phase.INSPECTING)
     examples = as_inputs(example_inputs(spec, dataset, device), reference)
-    census = with_stored_bits(take_census(reference, tuple(x[:1] for x in examples)), stored_bits)
+    census = take_census(reference, tuple(x[:1] for x in examples))
+    census = with_stored_bits(_with_routed(census, reference, spec, dataset, examples), stored_bits)
     # Before the layers are told, which ends the time that a first call may take: a loss module may loop for ever too.
     made = make_objective(spec, sources.objective, dataset, reference, device)
     context = _context(sources, spec, observer, device, census, dataset, made, examples, saved)
@@ -116,6 +119,36 @@ def open_dataset(sources: Sources, spec: JobSpec, reference: torch.jit.ScriptMod
     dataset = Dataset(arrays, spec.data, spec.seed, names)
     dataset.dtype = floating_dtype(reference)
     return dataset
+
+
+def _with_routed(
+    census: Census,
+    reference: torch.jit.ScriptModule,
+    spec: JobSpec,
+    dataset: Dataset | None,
+    examples: Sequence[Tensor],
+) -> Census:
+    """Let layers be compressed that only some samples run, as experts are; for the first sample they cost nothing."""
+    if all(layer.reason is not ReasonCode.NOT_EXECUTED for layer in census.layers):
+        return census
+    if dataset is not None:
+        count = min(ROUTED_SAMPLES, spec.training.batch_size, dataset.size("train"))
+        examples = as_inputs(dataset.rows("train", np.arange(count), examples[0].device).inputs, reference)
+    others = take_census(reference, examples)
+
+    def routed(layers: Sequence[Layer], found: Sequence[Layer]) -> list[Layer]:
+        ran = {layer.name for layer in found if layer.reason is None}
+        skipped = [layer.reason is ReasonCode.NOT_EXECUTED and layer.name in ran for layer in layers]
+        return [
+            replace(layer, reason=None, macs=0) if only_others else layer
+            for layer, only_others in zip(layers, skipped, strict=True)
+        ]
+
+    return replace(
+        census,
+        layers=routed(census.layers, others.layers),
+        parameters=routed(census.parameters, others.parameters),
+    )
 
 
 def with_stored_bits(census: Census, bits: Mapping[str, int]) -> Census:
@@ -146,7 +179,8 @@ def _context(
     require_problems(decisions, metric)
     total = {"macs": census.total_macs, "params": census.total_params, "bytes": sources.model.stat().st_size}[metric]
     limit = None if spec.budget is None else spec.budget.limit(total)
-    network, measure = _network(sources.model, decisions.problems, metric, total, limit, device)
+    used = total - _size_of_unused(decisions, metric)
+    network, measure = _network(sources.model, decisions.problems, metric, used, limit, device)
     require_reachable(network, limit, total, metric)
     context = Context(
         source=sources.model,
@@ -180,6 +214,14 @@ def _network(
     parameters = dict(widen(load_model(source, device)).named_parameters())
     weights = [parameters[str(problem.layer.weight)] for problem in problems]
     return measured_network(bounded, weights, measure), measure
+
+
+def _size_of_unused(decisions: Decisions, metric: Metric) -> int:
+    """Size of what no method reads; the artifact is without it."""
+    if metric == "macs":
+        return 0
+    unused = [decisions.layers[name] for name, reason in decisions.dense.items() if reason is ReasonCode.UNUSED]
+    return sum(layer.params * (layer.dtype_bits // 8 if metric == "bytes" else 1) for layer in unused)
 
 
 def _resolve_what_is_known(context: Context, examples: Sequence[Tensor]) -> None:
@@ -221,7 +263,7 @@ def _leave(sources: Sources, context: Context, outcome: Outcome, examples: Seque
         inputs = [x.to(cpu) for x in examples]
     inputs = as_inputs(inputs, network)
     with torch.no_grad():
-        outputs = call(network, inputs)
+        outputs = call_seeded(network, inputs, context.spec.seed)
     compared = {f"input.{i}": x.cpu().contiguous() for i, x in enumerate(inputs)}
     compared |= {f"output.{i}": y.cpu().contiguous() for i, y in enumerate(outputs)}
     save_file(compared, sources.work_dir / EXPECTED)

@@ -105,15 +105,16 @@ def _term_row(step: int, layer: str, index: int, choice: TermChoice, theta: Any)
 
 
 def _dense_row(step: int, layer: Layer, reason: ReasonCode, *, chosen: bool) -> RankRow:
+    params = 0 if reason is ReasonCode.UNUSED else layer.params
     return RankRow(
         step=step,
         layer=layer.name,
         term=0,
         type="dense",
         form=Form.DENSE,
-        params=layer.params,
+        params=params,
         macs=layer.macs or 0,
-        bits=layer.params * layer.dtype_bits,
+        bits=params * layer.dtype_bits,
         reason=reason,
         chosen=chosen,
     )

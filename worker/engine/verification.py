@@ -36,7 +36,7 @@ from worker.engine.device import choose_device
 from worker.engine.emission import ARTIFACT
 from worker.engine.evaluation import Scores, evaluate_pair, loss_difference, measure_latency, metric_difference
 from worker.engine.examples import example_inputs
-from worker.engine.forward import call
+from worker.engine.forward import call_seeded
 from worker.engine.learn import EXPECTED, FINAL_PLAN, Sources, open_dataset
 from worker.engine.network.costs import count_macs, count_params
 from worker.engine.network.load import load_model
@@ -86,7 +86,7 @@ def verify(
     plan = json.loads((sources.work_dir / FINAL_PLAN).read_text(encoding="utf-8"))
     artifact = sources.work_dir / ARTIFACT
     expected = load_file(sources.work_dir / EXPECTED)
-    difference, compared = _compare(artifact, expected)
+    difference, compared = _compare(artifact, expected, spec.seed)
     device = choose_device(spec.device)
     pair = Pair(load_model(sources.model, device), _stock_load(artifact, device))
     dataset = open_dataset(sources, spec, pair.reference)
@@ -102,7 +102,7 @@ def verify(
         measure_latency([pair.reference, pair.compressed], examples, size)
         for size in sorted({1, _batch_size(spec, dataset, examples)})
     ]
-    agreement, relative = _against_reference(pair, expected, spec.objective.class_dim, device)
+    agreement, relative = _against_reference(pair, expected, spec, device)
     warnings = [ReportWarning.model_validate(each) for each in plan["warnings"]]
     warnings += _warnings(latencies, device, scored)
     report = Report(
@@ -194,7 +194,7 @@ def _stock_load(path: Path, device: torch.device) -> torch.jit.ScriptModule:
     return loaded
 
 
-def _compare(artifact: Path, expected: Mapping[str, Tensor]) -> tuple[float, int]:
+def _compare(artifact: Path, expected: Mapping[str, Tensor], seed: int) -> tuple[float, int]:
     """Largest difference between the reloaded artifact and the trained network on held-out inputs, on the CPU."""
     try:
         network = _stock_load(artifact, torch.device("cpu")).eval()
@@ -203,7 +203,7 @@ def _compare(artifact: Path, expected: Mapping[str, Tensor]) -> tuple[float, int
     inputs = [expected[f"input.{i}"] for i in range(sum(name.startswith("input.") for name in expected))]
     wanted = [expected[f"output.{i}"] for i in range(sum(name.startswith("output.") for name in expected))]
     with torch.no_grad():
-        outputs = call(network, inputs)
+        outputs = call_seeded(network, inputs, seed)
     if [y.shape for y in outputs] != [w.shape for w in wanted]:
         raise ProblemError(
             ErrorCode.VERIFICATION_FAILED,
@@ -265,18 +265,18 @@ def _scores(
 
 
 def _against_reference(
-    pair: Pair, expected: Mapping[str, Tensor], class_dim: int, device: torch.device
+    pair: Pair, expected: Mapping[str, Tensor], spec: JobSpec, device: torch.device
 ) -> tuple[float | None, float | None]:
     """Share of samples with the same largest output, and the relative error of the outputs, on the compared inputs."""
     count = sum(name.startswith("input.") for name in expected)
     inputs = [expected[f"input.{i}"].to(device) for i in range(count)]
     with torch.no_grad():
-        wanted = call(pair.reference.eval(), inputs)
-        outputs = call(pair.compressed.eval(), inputs)
+        wanted = call_seeded(pair.reference.eval(), inputs, spec.seed)
+        outputs = call_seeded(pair.compressed.eval(), inputs, spec.seed)
     error = sum(float((y.double() - w.double()).square().sum()) for y, w in zip(outputs, wanted, strict=True))
     scale = sum(float(w.double().square().sum()) for w in wanted)
     relative = (error / scale) ** 0.5 if scale > 0 else None
-    same = same_answers(outputs[0], wanted[0], class_dim)
+    same = same_answers(outputs[0], wanted[0], spec.objective.class_dim)
     return None if same is None else float(same.mean()), relative
 
 

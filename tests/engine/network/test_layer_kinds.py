@@ -294,7 +294,7 @@ def test_every_floating_matrix_can_be_named_as_a_parameter() -> None:
     assert found["projection"] == ("projection", 24, None)
     assert found["conv1d.weight"] == ("conv1d", 6 * 6 * 3 * 7, None)
     assert found["normed.direction"] == ("normed", 0, None)
-    assert found["unused.weight"] == ("unused", 0, ReasonCode.NOT_EXECUTED)
+    assert found["unused.weight"] == ("unused", 0, ReasonCode.UNUSED)
     assert all(each.kind == "parameter" and len(each.weight_shape) >= 2 for each in census.parameters)
     file = build("many_kinds", "scripted")
     edited = load_model(file)

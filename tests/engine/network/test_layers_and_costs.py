@@ -107,7 +107,7 @@ def test_every_kind_has_its_name_and_what_stays_dense_its_reason(how: str) -> No
         "norm": ("norm", ReasonCode.UNSUPPORTED_KIND),
         "projection": ("matmul", None),
         "normed": ("linear", ReasonCode.WEIGHT_NOT_PARAMETER),
-        "unused": ("other", ReasonCode.NOT_EXECUTED),
+        "unused": ("other", ReasonCode.UNUSED),
     }
     assert layers["projection"].macs == 24
     assert layers["lstm.weight_hh_l0"].input_shape == (1, 7, 6)

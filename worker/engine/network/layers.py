@@ -174,7 +174,7 @@ class _Stocktaking:
                 weight=members[0],
                 bias=None,
                 weight_shape=tuple(self.parameters[members[0]].shape),
-                reason=ReasonCode.UNSUPPORTED_KIND if hidden else ReasonCode.NOT_EXECUTED,
+                reason=ReasonCode.UNSUPPORTED_KIND if hidden else ReasonCode.UNUSED,
             )
             self._add(len(self.sites), layer, members)
 
@@ -273,7 +273,7 @@ class _Stocktaking:
             self._described(None, name),
             params=tensor.numel(),
             owner=self.counted.get(name),
-            reason=self._weight_reason(name) or (ReasonCode.NOT_EXECUTED if unread else None),
+            reason=self._weight_reason(name) or (ReasonCode.UNUSED if unread else None),
         )
 
 

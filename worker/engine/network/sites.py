@@ -120,6 +120,7 @@ def _plain(module: torch.jit.ScriptModule, graph: Graph, *, fused: bool = False)
     if not fused:
         take_plain_paths(graph)
     simplify(graph)
+    torch._C._jit_pass_dce(graph)
     return graph
 
 
