@@ -10,6 +10,12 @@ from service.contract.strict import StrictModel
 from service.contract.term_specs import AnyTerm, Saving, TermSpec
 from service.contract.terms import LowRankTermSpec, Rank, check_ranks
 
+# What says the size of a term that has no rank.
+_SIZES = {
+    "tucker2": ", or give the term's ranks",
+    "quantize": ", or give the term's values or bits",
+    "prune": ", or give the term's keep_fraction",
+}
 PARAMETER_PREFIX = "parameter:"
 LayerKind = Literal[
     "linear",
@@ -50,8 +56,23 @@ class LayerRule(StrictModel):
             if not self.terms:
                 raise PydanticCustomError("terms", "terms must name at least one term, or be 'auto'")
             check_distinct(self.terms)
+            self._check_ranks_have_terms(self.terms)
         check_ranks(self.rank, self.min_rank, self.max_rank)
         return self
+
+    def _check_ranks_have_terms(self, terms: Sequence[TermSpec]) -> None:
+        """Refuse ranks that no term of the rule takes."""
+        given = [name for name in ("rank", "max_rank") if getattr(self, name) is not None]
+        if given and not any(isinstance(term, LowRankTermSpec) for term in terms):
+            raise PydanticCustomError(
+                given[0],
+                "{name} is of low_rank terms, and the rule has none, only {types}: remove it{instead}",
+                {
+                    "name": given[0],
+                    "types": ", ".join(term.type for term in terms),
+                    "instead": _SIZES.get(terms[0].type, ""),
+                },
+            )
 
     @property
     def fixes_its_size(self) -> bool:

@@ -63,7 +63,7 @@ class ReasonCode(StrEnum):
 
 
 REASON_MEANINGS: dict[ReasonCode, str] = {
-    ReasonCode.UNSUPPORTED_KIND: "The operator is none whose weight is compressed; a rule can name its parameters.",
+    ReasonCode.UNSUPPORTED_KIND: "The operator is none whose weight is compressed; a rule can name its matrices.",
     ReasonCode.SHARED_WEIGHT: "What else uses the weight cannot be seen (a fork, an interface, overlapping memory).",
     ReasonCode.WEIGHT_NOT_PARAMETER: "The weight is computed or a constant, not a parameter of the model.",
     ReasonCode.NOT_FLOATING: "The weight does not hold floating point numbers.",

@@ -1,5 +1,6 @@
 """The job spec, version 1: one meaning of what to do, with every default in one place."""
 
+import re
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
@@ -143,6 +144,8 @@ def parse_spec(raw: object) -> JobSpec:
 
 _UNION_TAGS = frozenset({"constrained-float", "constrained-int", "int", "float", "str", "literal['auto']"})
 _WITHOUT_TAG = frozenset({"union_tag_not_found", "union_tag_invalid", "model_attributes_type"})
+_OF_A_TYPE = frozenset({"term_type", "method_type"})
+_CLASS = re.compile(r"a valid dictionary or instance of \w+")
 _SHOULD_BE = "Input should be "
 
 
@@ -198,6 +201,9 @@ def _field_error(detail: ErrorDetails) -> FieldError:
         message = f'expected "auto" or an object such as {{"type": "cosine"}}, whose type is one of {known}'
         return FieldError(pointer=pointer, code="schedule_type", message=message)
     found = detail.get("input")
+    if detail["type"] in _OF_A_TYPE and isinstance(found, dict):
+        found = found.get("type")
     shown = f"; found {found!r}" if isinstance(found, (str, int, float, bool)) or found is None else ""
     shown = "" if detail["type"] in {"unknown_field", "missing"} or len(shown) > 100 else shown
-    return FieldError(pointer=pointer, code=detail["type"], message=f"{detail['msg']}{shown}")
+    said = _CLASS.sub("an object", detail["msg"])
+    return FieldError(pointer=pointer, code=detail["type"], message=f"{said}{shown}")

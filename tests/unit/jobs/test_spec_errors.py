@@ -19,7 +19,7 @@ def with_term(term: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("spec", "pointer", "words"),
     [
-        (with_term({"type": "prunee"}), "/layers/0/terms/0", "low_rank, prune, quantize, tucker2"),
+        (with_term({"type": "prunee"}), "/layers/0/terms/0", "low_rank, prune, quantize, tucker2; found 'prunee'"),
         (with_term({"reshape": "matrx"}), "/layers/0/terms/0/reshape", "'matrix', 'chunked'"),
         (
             with_term({"reshape": {"view": [4], "permute": [1], "matrix": [2, 2]}}),
@@ -27,7 +27,7 @@ def with_term(term: Any) -> dict[str, Any]:
             "permute must name each of the 1 axes",
         ),
         ({**BUDGET, "cost": {"macs": 0}}, "/cost", "at least one of the weights"),
-        ({**BUDGET, "cost": "flops"}, "/cost", "'auto', or 'macs', 'params' or 'bytes', or a valid dictionary"),
+        ({**BUDGET, "cost": "flops"}, "/cost", "'auto', or 'macs', 'params' or 'bytes', or an object"),
         ({**BUDGET, "training": {"schedule": "cosine"}}, "/training/schedule", '{"type": "cosine"}'),
         (
             {**BUDGET, "training": {"schedule": {"to": 0.5}}},
@@ -45,6 +45,19 @@ def with_term(term: Any) -> dict[str, Any]:
         ({**BUDGET, "training": {"optimizer": {"weight_decay": 1e300}}}, "/training/optimizer/weight_decay", "less"),
         ({**BUDGET, "data": {"std": [1e-300]}}, "/data/std/0", "greater than"),
         ({**BUDGET, "layers": [{"keep": "dense", "min_rank": 0}]}, "/layers/0", "keep 'dense'"),
+        ({"budget": 0.5}, "/budget", "Input should be an object; found 0.5"),
+        ({**BUDGET, "method": {"steps": 3}}, "/method/steps", "did you mean 'mu.steps'?"),
+        ({**BUDGET, "training": {"lr": 0.1}}, "/training/lr", "did you mean 'optimizer.lr'?"),
+        (
+            {"layers": [{"terms": [{"type": "quantize", "values": 4}], "rank": 5}]},
+            "/layers/0",
+            "rank is of low_rank terms, and the rule has none, only quantize: remove it, or give the term's values",
+        ),
+        (
+            {**BUDGET, "layers": [{"terms": [{"type": "tucker2"}, {"type": "prune"}], "max_rank": 5}]},
+            "/layers/0",
+            "max_rank is of low_rank terms, and the rule has none, only tucker2, prune: remove it",
+        ),
     ],
 )
 def test_one_error_at_the_place_that_is_meant(spec: dict[str, Any], pointer: str, words: str) -> None:
