@@ -159,6 +159,22 @@ def test_a_composed_term_is_left_out_under_a_macs_budget() -> None:
     assert decisions.dense["fc1"] == ReasonCode.NOT_CHEAPER
 
 
+class Stacked(nn.Module):
+    """The weights of four experts in one parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.Parameter(torch.randn(4, 20, 60))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum("bd,edh->bh", x, self.experts)
+
+
+def test_a_parameter_of_three_axes_is_a_matrix_by_default() -> None:
+    (problem,) = decide(Stacked(), (20,), budget={"max_params_fraction": 0.5}).problems
+    assert (problem.layer.kind, problem.choices[0].term.units_max) == ("parameter", 60)  # of 80 × 60
+
+
 class Zoo(nn.Module):
     """One layer for each reason that a layer's own nature gives."""
 

@@ -3,13 +3,14 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
+from math import prod
 
 from service.contract.layer_rule import PARAMETER_PREFIX, LayerRule
 from service.contract.plan import Form, LayerFacts, ReasonCode
 from service.contract.report import ReportWarning
 from service.contract.spec import CostWeights, JobSpec, Metric
 from service.contract.term_specs import TermSpec
-from service.contract.terms import LowRankTermSpec
+from service.contract.terms import GeneralReshape, LowRankTermSpec
 from worker.engine.csteps.additive import TermChoice
 from worker.engine.forms.geometry import CONVOLUTIONS, TRANSPOSED, Call, Geometry
 from worker.engine.forms.registry import term_class
@@ -129,16 +130,26 @@ def geometry_of(layer: Layer) -> Geometry:
 def terms_of(rule: LayerRule, layer: Layer) -> list[TermSpec]:
     """Terms of a rule for one layer; `auto` is the `best` reshape for k×k convolutions, else one matrix.
 
+    A parameter of three or more axes, such as the stacked weights of experts or of attention's heads, is read as the
+    matrix nearest to a square that its axes give in their order.
+
     The sum of `channel` and `spatial` was the default until it was measured: at equal multiply-adds it has a lower
     weight error than the better of the two in a third of the layers of three ResNets (docs/benchmarks.md).
     """
     if rule.terms != "auto":
         return list(rule.terms)
+    if layer.kind == "parameter" and len(layer.weight_shape) > 2:
+        return [LowRankTermSpec(reshape=_nearest_to_square(layer.weight_shape))]
     kernel = layer.weight_shape[2:] if layer.kind in (*CONVOLUTIONS, *TRANSPOSED) else ()
     wide = [size for size in kernel if size > 1]
     if len(wide) > 1:
         return [LowRankTermSpec(reshape="best")]
     return [LowRankTermSpec(reshape="channel" if wide else "matrix")]
+
+
+def _nearest_to_square(shape: Sequence[int]) -> GeneralReshape:
+    cuts = [(prod(shape[:at]), prod(shape[at:])) for at in range(1, len(shape))]
+    return GeneralReshape(view=list(shape), permute=list(range(len(shape))), matrix=min(cuts, key=sum))
 
 
 def _apply(layer: Layer, rule_index: int, spec: JobSpec, decisions: Decisions) -> None:
