@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from tiny_jobs import quick, run_learn, save_model
 from torch import Tensor, nn
@@ -33,6 +34,18 @@ class Experts(nn.Module):
             rows = (chosen == at).nonzero().squeeze(1)
             if rows.numel() > 0:
                 y = y.index_put((rows,), expert(x[rows]))
+        return self.head(torch.relu(y))
+
+
+class ExpertsOnNoRows(Experts):
+    """An expert that no sample chose runs on an empty batch."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        chosen = self.gate(x).argmax(1)
+        y = torch.zeros(x.size(0), 60)
+        for at, expert in enumerate(self.experts):
+            rows = (chosen == at).nonzero().squeeze(1)
+            y = y.index_put((rows,), expert(x[rows]))
         return self.head(torch.relu(y))
 
 
@@ -81,11 +94,14 @@ def compressed(folder: Path, net: nn.Module, fraction: float) -> tuple[Report, d
     return report, {layer.name: layer for layer in report.layers}
 
 
-def test_experts_that_the_first_sample_does_not_run_are_compressed(tmp_path: Path) -> None:
-    report, plan = compressed(tmp_path, Experts(), 0.5)
+@pytest.mark.parametrize(("net", "calls"), [(Experts, [0, 0, 0, 1]), (ExpertsOnNoRows, [1, 1, 1, 1])])
+def test_experts_that_the_first_sample_does_not_choose_are_compressed(
+    net: type[nn.Module], calls: list[int], tmp_path: Path
+) -> None:
+    report, plan = compressed(tmp_path, net(), 0.5)
     experts = [plan[f"experts.{at}"] for at in range(4)]
     assert {layer.form for layer in experts} == {Form.MATRIX}
-    assert sorted(layer.calls for layer in experts) == [0, 0, 0, 1]
+    assert sorted(layer.calls for layer in experts) == calls
     assert report.compressed.macs == sum(layer.compressed_macs or 0 for layer in plan.values())
     assert report.compressed.params == sum(layer.compressed_params for layer in plan.values())
 

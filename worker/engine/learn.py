@@ -43,6 +43,7 @@ from worker.engine.widening import as_inputs, dtype_bits, floating_dtype, widen
 FINAL_STATE = "final.safetensors"
 FINAL_PLAN = "final.json"
 EXPECTED = "expected.safetensors"
+_IDLE = frozenset({ReasonCode.NOT_EXECUTED, ReasonCode.COST_UNKNOWN})  # not run, or on no rows
 ROUTED_SAMPLES = 64  # on which layers are looked for that the first sample does not run
 COMPARED_SAMPLES = 32  # held-out samples on which the reloaded artifact is compared with the trained network
 
@@ -129,7 +130,7 @@ def _with_routed(
     examples: Sequence[Tensor],
 ) -> Census:
     """Let layers be compressed that only some samples run, as experts are; for the first sample they cost nothing."""
-    if all(layer.reason is not ReasonCode.NOT_EXECUTED for layer in census.layers):
+    if not _IDLE & {layer.reason for layer in census.layers}:
         return census
     if dataset is not None:
         count = min(ROUTED_SAMPLES, spec.training.batch_size, dataset.size("train"))
@@ -138,11 +139,8 @@ def _with_routed(
 
     def routed(layers: Sequence[Layer], found: Sequence[Layer]) -> list[Layer]:
         ran = {layer.name for layer in found if layer.reason is None}
-        skipped = [layer.reason is ReasonCode.NOT_EXECUTED and layer.name in ran for layer in layers]
-        return [
-            replace(layer, reason=None, macs=0) if only_others else layer
-            for layer, only_others in zip(layers, skipped, strict=True)
-        ]
+        idle = {layer.name for layer in layers if layer.reason in _IDLE}
+        return [replace(layer, reason=None, macs=0) if layer.name in idle & ran else layer for layer in layers]
 
     return replace(
         census,
