@@ -82,6 +82,16 @@ class WholeNumbers(_Net):
         return self.head(self.fc(x)).argmax(1)
 
 
+class TakesADict(_Net):
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        return self.head(F.relu(self.fc(batch["x"])))
+
+
+class NeedsANumber(_Net):
+    def forward(self, x: Tensor, scale: float, mask: Tensor | None = None, rounds: int = 1) -> Tensor:
+        return self.head(F.relu(self.fc(x))) * scale
+
+
 class NoLayers(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -125,6 +135,8 @@ CASES = [
     (Raises, ErrorCode.MODEL_RAISED, "I do not feel like it"),
     (RaisesInTraining, ErrorCode.MODEL_RAISED, "not to be trained"),
     (NoTensor, ErrorCode.MODEL_UNSUPPORTED, "str"),
+    (TakesADict, ErrorCode.MODEL_UNSUPPORTED, "forward's argument 'batch' is Dict[str, Tensor]; expected tensors"),
+    (NeedsANumber, ErrorCode.MODEL_UNSUPPORTED, "forward's argument 'scale' is float"),
     (WholeNumbers, ErrorCode.MODEL_UNSUPPORTED, "whole numbers"),
     (NoLayers, ErrorCode.NO_COMPRESSIBLE_LAYER, "0 layers|UNSUPPORTED_KIND"),
     (NotANumber, ErrorCode.MODEL_UNSUPPORTED, "fc.weight"),

@@ -13,6 +13,27 @@ _MESSAGE_CHARACTERS_MAX = 1200
 RAISED = (torch.jit.Error, RuntimeError, ValueError, TypeError, LookupError, AssertionError)
 
 
+def require_tensor_arguments(module: torch.jit.ScriptModule) -> None:
+    """Refuse a network whose ``forward`` needs something else than tensors: data are arrays, one for each argument.
+
+    Raises
+    ------
+    ProblemError
+        ``MODEL_UNSUPPORTED`` with the argument and its type.
+    """
+    for argument in module._c._get_method("forward").schema.arguments[1:]:
+        kind = argument.type
+        if kind.kind() == "OptionalType":
+            kind = kind.getElementType()
+        if kind.kind() != "TensorType" and not argument.has_default_value():
+            raise ProblemError(
+                ErrorCode.MODEL_UNSUPPORTED,
+                f"forward's argument '{argument.name}' is {argument.type.annotation_str}; expected tensors alone, or a "
+                "default for what is none. Wrap the model in one whose forward takes each tensor as an argument of its "
+                "own and makes the rest of them, and save that",
+            )
+
+
 def call(module: torch.jit.ScriptModule, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """Run ``forward`` and flatten what it returns; see `call_nested`."""
     return flatten(call_nested(module, inputs))

@@ -23,7 +23,7 @@ from worker.engine.data_files import open_arrays
 from worker.engine.device import choose_device
 from worker.engine.examples import example_inputs, suggestion
 from worker.engine.file_size import FileMeasure, bounded_network, is_negligible, measured_network
-from worker.engine.forward import call_seeded
+from worker.engine.forward import call_seeded, require_tensor_arguments
 from worker.engine.layer_problem import LayerProblem
 from worker.engine.layer_rules import Decisions, apply_rules, name_parameters, size_metric
 from worker.engine.methods.context import Context, Outcome
@@ -88,6 +88,7 @@ def learn(sources: Sources, spec: JobSpec, observer: Observer, saved: Saved | No
     device = choose_device(spec.device)
     reference = load_model(sources.model, device)
     reject_unsafe_operators(reference)
+    require_tensor_arguments(reference)
     stored_bits = dtype_bits(reference)
     widen(reference)
     _require_numbers(reference)
