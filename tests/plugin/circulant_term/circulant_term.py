@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from service.contract.plan import Form, ReasonCode
+from service.contract.plan import ReasonCode
 from worker.engine.forms.term import Counts, NotApplicableError, Term
 
 
@@ -31,12 +31,7 @@ class CirculantWeight(nn.Module):
 
 class CirculantTerm(Term):
     type_name = "circulant"
-    form = Form.COMPOSED
-    key = "circulant"
     units_max = 1
-
-    def __init__(self, geometry) -> None:
-        self.geometry = geometry
 
     @classmethod
     def from_spec(cls, spec, geometry):
@@ -44,21 +39,12 @@ class CirculantTerm(Term):
             raise NotApplicableError(ReasonCode.TERM_NOT_APPLICABLE)
         return cls(geometry)
 
-    @classmethod
-    def from_facts(cls, facts, geometry):
-        return cls(geometry)
-
-    def facts(self):
-        return {}
-
     def units_asked(self, spec):
         return (1, 1)
 
     def counts_at(self, units):
         n = self.geometry.weight_shape[0] * units
         return Counts(params=n, bits=n * self.geometry.dtype_bits)
-
-    least_counts = counts_at
 
     def empty(self, like):
         return Row(like.new_zeros(0))
