@@ -26,7 +26,7 @@ from worker.engine.layer_rules import apply_rules
 from worker.engine.network.costs import take_census
 from worker.engine.network.load import load_model
 
-VERSION = "1"
+VERSION = "2"
 DEPTHS = (20, 32, 56)
 SHARES = (0.5, 0.35, 0.2)  # of a layer's dense multiply-adds
 LOWER = 0.999  # times the better single term's error counts as lower
@@ -49,6 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
     options.add_argument("--seeds", type=int, default=1)
     options.add_argument("--threads", type=int, default=1)
     options.add_argument("--part", choices=("one-shot", "trained", "all"), default="all")
+    options.add_argument("--forms", nargs="+", choices=FORMS, default=list(FORMS), help="of the trained part")
     options.add_argument("--work", type=Path, default=Path(".benchmark-files"), help="where the job's files are made")
     given = options.parse_args(arguments)
     prepare_process(given.threads)
@@ -126,13 +127,14 @@ def trained(given: Any, *, quick: bool) -> tuple[list[Sample], list[Limit]]:
         subject = Subject(reference.name, model, data)
         bench = Bench(subject, Kept(given.results, "additive", quick=quick), VERSION)
         for budget in BUDGETS:
-            made = {}
-            for form in FORMS:
-                trial = Trial(f"{form} at {budget}", trial_spec(form, budget, quick=quick))
-                made[form] = bench.outcomes(trial, range(1 if quick else given.seeds))
-                errors = tuple(each["test_error_percent"] for each in made[form])
-                samples.append(Sample(f"{reference.name}, {form} at {budget} of the multiply-adds", errors, "%"))
-            limits += judged(reference.name, budget, made, len(subject.wrong))
+            rows = {form: Trial(f"{form} at {budget}", trial_spec(form, budget, quick=quick)) for form in given.forms}
+            rows["plain SVD"] = Trial(f"plain SVD at {budget}", trial_spec("best", budget, quick=quick), "")
+            made = {row: bench.outcomes(trial, range(1 if quick else given.seeds)) for row, trial in rows.items()}
+            for row, outcomes in made.items():
+                errors = tuple(each["test_error_percent"] for each in outcomes)
+                samples.append(Sample(f"{reference.name}, {row} at {budget} of the multiply-adds", errors, "%"))
+            if {"additive", "channel", "spatial"} <= made.keys():
+                limits += judged(reference.name, budget, made, len(subject.wrong))
     return samples, limits
 
 
