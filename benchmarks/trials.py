@@ -76,22 +76,27 @@ class Kept:
 
     def __init__(self, folder: Path, name: str, *, quick: bool) -> None:
         self.path = folder / f"{name}.trials{'.local' if quick else ''}.json"
-        self._trials: list[dict[str, Any]] = []
-        if self.path.exists():
-            self._trials = json.loads(self.path.read_text(encoding="utf-8"))["trials"]
+        self._trials = self._read()
 
     def find(self, key: dict[str, Any]) -> dict[str, Any] | None:
         """Return the outcome under these settings, if there is one."""
         return next((each["outcome"] for each in self._trials if each["key"] == key), None)
 
     def add(self, key: dict[str, Any], outcome: dict[str, Any]) -> None:
-        """Add an outcome to the file."""
+        """Add an outcome to the file, and take over what a run beside this one has added."""
+        self._trials = self._read()
         self._trials.append({"key": key, "outcome": outcome, "machine": machine_facts()})
         self.path.parent.mkdir(parents=True, exist_ok=True)
         partial = self.path.with_suffix(".partial")
         lines = ",\n".join(json.dumps(each) for each in self._trials)  # a line each: they name every wrong sample
         partial.write_text(f'{{"trials": [\n{lines}\n]}}\n', encoding="utf-8")
         partial.replace(self.path)
+
+    def _read(self) -> list[dict[str, Any]]:
+        if not self.path.exists():
+            return []
+        trials: list[dict[str, Any]] = json.loads(self.path.read_text(encoding="utf-8"))["trials"]
+        return trials
 
 
 @dataclass
