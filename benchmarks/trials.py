@@ -5,6 +5,7 @@ images beside the reference. What is kept makes a benchmark resumable: a trial w
 """
 
 import json
+import os
 import tempfile
 import time
 from collections.abc import Sequence
@@ -87,7 +88,7 @@ class Kept:
         self._trials = self._read()
         self._trials.append({"key": key, "outcome": outcome, "machine": machine_facts()})
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_suffix(".partial")
+        partial = self.path.with_suffix(f".{os.getpid()}")
         lines = ",\n".join(json.dumps(each) for each in self._trials)  # a line each: they name every wrong sample
         partial.write_text(f'{{"trials": [\n{lines}\n]}}\n', encoding="utf-8")
         partial.replace(self.path)
