@@ -139,11 +139,11 @@ class Bench:
     def _ranks_of(self, trial: Trial, seed: int) -> dict[str, list[int]] | None:
         if not trial.ranks:
             return None
-        for each in self.kept._trials:
-            same = {name: each["key"][name] for name in ("subject", "trial", "seed", "version")}
-            if same == {"subject": self.subject.name, "trial": trial.ranks, "seed": seed, "version": self.version}:
-                ranks: dict[str, list[int]] = each["outcome"]["ranks"]
-                return ranks
+        key = {"subject": self.subject.name, "trial": trial.ranks, "spec": trial.spec, "ranks": None}
+        found = self.kept.find({**key, "seed": seed, "version": self.version})
+        if found is not None:
+            ranks: dict[str, list[int]] = found["ranks"]
+            return ranks
         raise SystemExit(f"{trial.name} takes its ranks from {trial.ranks}, which has not run with seed {seed}")
 
 
