@@ -35,7 +35,7 @@ from worker.engine.network.operators import reject_unsafe_operators
 from worker.engine.objective import Objective
 from worker.engine.objectives import make_objective
 from worker.engine.observer import Observer, Saved
-from worker.engine.refusals import require_problems, require_reachable
+from worker.engine.refusals import require_problems, require_reachable, unnamed_parameters
 from worker.engine.selection.network import Network
 from worker.engine.teacher import Teacher
 from worker.engine.widening import as_inputs, dtype_bits, floating_dtype, widen
@@ -175,12 +175,13 @@ def _context(
     for warning in decisions.warnings:
         observer.event(EventKind.WARNING, warning.model_dump(mode="json", exclude_none=True))
     metric = size_metric(spec)
-    require_problems(decisions, metric)
+    unnamed = unnamed_parameters(decisions, census.parameters)
+    require_problems(decisions, metric, unnamed)
     total = {"macs": census.total_macs, "params": census.total_params, "bytes": sources.model.stat().st_size}[metric]
     limit = None if spec.budget is None else spec.budget.limit(total)
     used = total - _size_of_unused(decisions, metric)
     network, measure = _network(sources.model, decisions.problems, metric, used, limit, device)
-    require_reachable(network, limit, total, metric)
+    require_reachable(network, limit, total, metric, unnamed)
     context = Context(
         source=sources.model,
         spec=spec,

@@ -1,14 +1,20 @@
 """Why a spec makes nothing smaller, said before anything is trained."""
 
+from collections.abc import Sequence
+
 from service.contract.errors import ErrorCode, ProblemError
 from service.contract.plan import REASON_MEANINGS, ReasonCode
 from service.contract.spec import Metric
 from worker.engine.layer_problem import UNITS
 from worker.engine.layer_rules import Decisions
+from worker.engine.network.layers import Layer
 from worker.engine.selection.network import Network
 
+_UNNAMED = {ReasonCode.UNSUPPORTED_KIND, ReasonCode.WEIGHT_NOT_PARAMETER}  # a rule can name what such layers read
+_NAMES_MAX = 3
 
-def require_problems(decisions: Decisions, metric: Metric) -> None:
+
+def require_problems(decisions: Decisions, metric: Metric, unnamed: Sequence[Layer] = ()) -> None:
     """Refuse a job none of whose layers can be compressed.
 
     Parameters
@@ -17,6 +23,8 @@ def require_problems(decisions: Decisions, metric: Metric) -> None:
         What the rules say of all layers.
     metric : "macs", "params" or "bytes"
         What size is counted in.
+    unnamed : sequence of Layer
+        What `unnamed_parameters` gives.
 
     Raises
     ------
@@ -32,6 +40,8 @@ def require_problems(decisions: Decisions, metric: Metric) -> None:
             f"Sizes are in {UNITS[metric]} here; codes and single weights save bytes, so they need a budget in bytes."
         )
     said += [f"{warning.message}." for warning in decisions.warnings]
+    if unnamed and metric != "macs":
+        said.append(f"{_rules_for(unnamed)}.")
     raise ProblemError(
         ErrorCode.NO_COMPRESSIBLE_LAYER,
         f"none of the model's {len(decisions.facts)} layers can be compressed under this spec. "
@@ -39,7 +49,9 @@ def require_problems(decisions: Decisions, metric: Metric) -> None:
     )
 
 
-def require_reachable(network: Network, limit: int | None, total: int, metric: Metric) -> None:
+def require_reachable(
+    network: Network, limit: int | None, total: int, metric: Metric, unnamed: Sequence[Layer] = ()
+) -> None:
     """Refuse a budget below the least size that the rules leave.
 
     Parameters
@@ -52,6 +64,8 @@ def require_reachable(network: Network, limit: int | None, total: int, metric: M
         Size of the reference.
     metric : "macs", "params" or "bytes"
         What size is counted in.
+    unnamed : sequence of Layer
+        What `unnamed_parameters` gives.
 
     Raises
     ------
@@ -64,8 +78,35 @@ def require_reachable(network: Network, limit: int | None, total: int, metric: M
     raise ProblemError(
         ErrorCode.CONSTRAINT_UNREACHABLE,
         f"the budget is {limit} {UNITS[metric]}, but with every layer at its lowest rank the network has {least} "
-        f"({least / total:.4f} of the reference's {total}): {_why_no_less(network, total, metric)}",
+        f"({least / total:.4f} of the reference's {total}): {_why_no_less(network, total, metric)}"
+        f"{f'. {_rules_for(unnamed)}' if unnamed and metric != 'macs' else ''}",
     )
+
+
+def unnamed_parameters(decisions: Decisions, parameters: Sequence[Layer]) -> list[Layer]:
+    """Parameters that stay dense only because no rule names them, such as those that a weight is computed from.
+
+    Parameters
+    ----------
+    decisions : Decisions
+        What the rules say of all layers.
+    parameters : sequence of Layer
+        Every parameter as a layer of kind "parameter".
+
+    Returns
+    -------
+    list of Layer
+        The largest first.
+    """
+    found = [
+        each
+        for each in parameters
+        if each.reason is None
+        and decisions.dense.get(each.owner or "") in _UNNAMED
+        and each.name not in decisions.layers
+        and sum(size > 1 for size in each.weight_shape) > 1
+    ]
+    return sorted(found, key=lambda each: -each.params)
 
 
 def _why_no_less(network: Network, total: int, metric: Metric) -> str:
@@ -77,6 +118,12 @@ def _why_no_less(network: Network, total: int, metric: Metric) -> str:
     if network.least_size < total:
         return "the rest is in what stays dense. Raise the budget, or let more layers or other terms be compressed"
     return "what the rules fix saves nothing. Lower ranks and sizes, or leave them out, so that the budget chooses them"
+
+
+def _rules_for(unnamed: Sequence[Layer]) -> str:
+    shown = [f"parameter:{each.name} ({'×'.join(map(str, each.weight_shape))})" for each in unnamed[:_NAMES_MAX]]
+    more = f" and {len(unnamed) - _NAMES_MAX} more" if len(unnamed) > _NAMES_MAX else ""
+    return f"Rules can match parameters that no layer compresses by itself: {', '.join(shown)}{more}"
 
 
 def _example(decisions: Decisions, reason: ReasonCode) -> str:

@@ -123,6 +123,21 @@ def test_a_budget_below_the_least_size_fails_before_any_training(
     assert sizes(learned, model, (48,))[1]["params"] == least
 
 
+def test_a_budget_that_needs_what_a_weight_is_computed_from_says_which_parameters_rules_can_name(
+    tmp_path: Path,
+) -> None:
+    network = nn.Sequential(nn.utils.weight_norm(nn.Linear(40, 40)), nn.ReLU(), nn.Linear(40, 4))
+    torch.jit.trace(network, torch.zeros(1, 40)).save(str(tmp_path / "model.pt"))
+    asked = {"budget": {"max_params_fraction": 0.5}, "example_inputs": examples((40,))}
+    with pytest.raises(ProblemError, match="parameter:") as caught:
+        run_learn(tmp_path / "refused", tmp_path / "model.pt", quick(**asked))
+    assert caught.value.code == ErrorCode.CONSTRAINT_UNREACHABLE
+    assert caught.value.detail.endswith("compresses by itself: parameter:0.weight_v (40×40)")
+    named = quick(**asked, layers=[{"match": "parameter:0.weight_v"}, {"match": "*"}])
+    learned = run_learn(tmp_path / "named", tmp_path / "model.pt", named)
+    assert "0.weight_v" in {row.layer for row in learned.final_rows if row.rank}
+
+
 def test_fixed_ranks_need_no_budget(files: dict[str, tuple[Path, Path]], tmp_path: Path) -> None:
     model, data = files["mlp"]
     rules = [{"match": "fc1", "rank": 5}, {"match": "fc2", "rank": 60}, {"match": "head", "keep": "dense"}]
