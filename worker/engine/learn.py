@@ -43,7 +43,6 @@ from worker.engine.widening import as_inputs, dtype_bits, floating_dtype, widen
 FINAL_STATE = "final.safetensors"
 FINAL_PLAN = "final.json"
 EXPECTED = "expected.safetensors"
-_IDLE = frozenset({ReasonCode.NOT_EXECUTED, ReasonCode.COST_UNKNOWN})  # not run, or on no rows
 ROUTED_SAMPLES = 64  # on which layers are looked for that the first sample does not run
 COMPARED_SAMPLES = 32  # held-out samples on which the reloaded artifact is compared with the trained network
 
@@ -131,7 +130,7 @@ def _with_routed(
     examples: Sequence[Tensor],
 ) -> Census:
     """Let layers be compressed that only some samples run, as experts are; for the first sample they cost nothing."""
-    if not _IDLE & {layer.reason for layer in census.layers}:
+    if ReasonCode.NOT_EXECUTED not in {layer.reason for layer in census.layers}:
         return census
     if dataset is not None:
         count = min(ROUTED_SAMPLES, spec.training.batch_size, dataset.size("train"))
@@ -140,7 +139,7 @@ def _with_routed(
 
     def routed(layers: Sequence[Layer], found: Sequence[Layer]) -> list[Layer]:
         ran = {layer.name for layer in found if layer.reason is None}
-        idle = {layer.name for layer in layers if layer.reason in _IDLE}
+        idle = {layer.name for layer in layers if layer.reason is ReasonCode.NOT_EXECUTED}
         return [replace(layer, reason=None, macs=0) if layer.name in idle & ran else layer for layer in layers]
 
     return replace(

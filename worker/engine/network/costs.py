@@ -72,8 +72,8 @@ def take_census(module: torch.jit.ScriptModule, example_inputs: Sequence[torch.T
     Returns
     -------
     Census
-        Layers that can be replaced but did not run carry the reason `NOT_EXECUTED`; those whose shapes could not be
-        seen, `COST_UNKNOWN`.
+        Layers that can be replaced but did not run, or on no rows, carry the reason `NOT_EXECUTED`; those whose shapes
+        could not be seen, `COST_UNKNOWN`.
 
     Raises
     ------
@@ -289,7 +289,7 @@ def _with_calls(layer: Layer, calls: list[_Call] | None, *, watched: bool) -> La
         return replace(layer, macs=0 if whole else None, reason=layer.reason or _unknown(layer))
     if calls is None:
         return replace(layer, reason=layer.reason or ReasonCode.NOT_EXECUTED)
-    if not calls:
+    if all(0 in call.input_shape for call in calls):  # on no rows, as of an expert that no sample chose
         return replace(layer, macs=0, reason=layer.reason or ReasonCode.NOT_EXECUTED)
     macs = sum(call.macs for call in calls)
     return replace(
