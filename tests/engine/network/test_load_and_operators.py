@@ -242,6 +242,15 @@ def test_loads_are_fresh_from_a_path_or_from_bytes(tmp_path: Path) -> None:
     assert first.head.weight.device == torch.device("cpu")
 
 
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="needs oneDNN, whose constants cannot be loaded")
+def test_what_torch_saved_but_cannot_load_is_said_to_be_uploaded_as_it_was_before(tmp_path: Path) -> None:
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()).eval()
+    torch.jit.save(torch.jit.optimize_for_inference(torch.jit.script(network)), str(tmp_path / "model.pt"))
+    with pytest.raises(ProblemError, match=r"before torch\.jit\.optimize_for_inference") as caught:
+        load_model(tmp_path / "model.pt")
+    assert caught.value.code is ErrorCode.MODEL_CORRUPT
+
+
 class OnCuda(nn.Module):
     def __init__(self) -> None:
         super().__init__()

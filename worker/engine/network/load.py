@@ -11,6 +11,7 @@ from worker.engine.network.parameters import all_parameters
 from worker.engine.network.thaw import thaw
 
 _REASON_CHARACTERS = 500
+_ONE_DNN_CONSTANT = "required keyword attribute 'value'"  # torch writes a constant in oneDNN's layout without its value
 
 
 def load_model(source: Path | bytes, device: torch.device | str = "cpu") -> torch.jit.ScriptModule:
@@ -56,10 +57,11 @@ def load_script(source: Path | bytes, device: torch.device | str = "cpu") -> tor
     try:
         module: torch.jit.ScriptModule = torch.jit.load(opened, map_location=target)  # type: ignore[no-untyped-call]
     except (RuntimeError, ValueError, OSError, EOFError, UnicodeDecodeError, KeyError, IndexError, TypeError) as error:
+        before = " as it is before torch.jit.optimize_for_inference" if _ONE_DNN_CONSTANT in str(error) else ""
         raise ProblemError(
             ErrorCode.MODEL_CORRUPT,
             f"torch {torch.__version__} cannot load the file as TorchScript: {trim_reason(error)}. "
-            "Save the model again with torch.jit.save and upload that file.",
+            f"Save the model again{before} with torch.jit.save and upload that file.",
         ) from error
     move_devices(module, target)
     _separate(module)
