@@ -5,6 +5,7 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from click import Context, Group
 from pydantic.fields import FieldInfo
@@ -102,7 +103,8 @@ def _default(field: FieldInfo) -> str:
 
 
 def _command_page() -> str:
-    top = Context(command, info_name="rankpress", max_content_width=HELP_WIDTH, terminal_width=HELP_WIDTH)
+    width: dict[str, Any] = {"max_content_width": HELP_WIDTH, "terminal_width": HELP_WIDTH}
+    top = Context(command, info_name="rankpress", **{**command.context_settings, **width})
     lines = [
         "# The command",
         "",
