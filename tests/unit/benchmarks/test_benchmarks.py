@@ -62,6 +62,7 @@ def test_the_archive_has_exactly_the_size_asked_for(tmp_path: Path) -> None:
     assert upload.make_archive(tmp_path / "a.pt", 5_000_001).stat().st_size == 5_000_001
 
 
+@pytest.mark.full  # a minute of whole jobs, of which the tests of the road from submit to artifact make others
 def test_overhead_times_the_start_and_the_whole_job(tmp_path: Path) -> None:
     assert overhead.main(["--quick", "--starts", "1", "--results", str(tmp_path)]) in {0, 1}
     run = only_run(tmp_path, "overhead")
