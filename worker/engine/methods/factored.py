@@ -72,8 +72,6 @@ class Tuning:
         Epochs that were made and scored.
     rate : float or None
         The learning rate; None until it is tested for.
-    keep_last : bool
-        Whether the last iterate is kept, whatever the select part says.
     course : Course or None
         The training.
     saved : Saved or None
@@ -90,7 +88,6 @@ class Tuning:
     best_epoch: int = 0
     epoch: int = 0
     rate: float | None = None
-    keep_last: bool = False
     course: Course | None = None
     saved: Saved | None = None
 
@@ -228,7 +225,8 @@ def _begin(context: Context, tuning: Tuning) -> float:
     """Score the network as it was settled, and find its learning rate."""
     tuning.best_score = with_better_statistics(context, tuning.module)
     tuning.best = live_state(tuning.module, tuning.recipe)
-    tuning.keep_last = _keeps_last(context)
+    if context.spec.fine_tune.keep == "auto":
+        context.resolve("fine_tune.keep", "last" if are_remembered(context) else "best")
     tuning.rate = _rate(context, tuning)
     context.position += 1
     tested = _rate_given(context) == "auto"
@@ -240,7 +238,7 @@ def _score(context: Context, tuning: Tuning, loss: float) -> None:
     """Score the epoch that was made, and keep its iterate if it is the best, or the last where that is asked for."""
     tuning.epoch += 1
     score = select_score(context, tuning.module)
-    if score < tuning.best_score or tuning.keep_last:
+    if score < tuning.best_score or context.resolved["fine_tune"]["keep"] == "last":
         tuning.best = live_state(tuning.module, tuning.recipe)
         tuning.best_score, tuning.best_epoch = score, tuning.epoch
     context.observer.event(
@@ -256,15 +254,6 @@ def _refresh(context: Context, tuning: Tuning) -> None:
     known = tuning.best_score if tuning.rate is not None else None  # without training there was nothing to score
     if with_better_statistics(context, tuning.module, known) != known:
         tuning.best = live_state(tuning.module, tuning.recipe)
-
-
-def _keeps_last(context: Context) -> bool:
-    """Whether the last iterate is kept: as the spec says, or where held-out rows cannot choose between iterates."""
-    keep = context.spec.fine_tune.keep
-    if keep == "auto":
-        keep = "last" if are_remembered(context) else "best"
-        context.resolve("fine_tune.keep", keep)
-    return keep == "last"
 
 
 def _rate_given(context: Context) -> float | Auto:
@@ -300,7 +289,6 @@ def _save(context: Context, tuning: Tuning) -> Saved:
         "best_epoch": tuning.best_epoch,
         "best_score": tuning.best_score,
         "rate": tuning.rate,
-        "keep_last": tuning.keep_last,
         "norms": tuning.norms,
         "recipe": tuning.recipe,
         "projections": [
@@ -347,6 +335,5 @@ def _restore(context: Context) -> Tuning:
         state["best_epoch"],
         state["epoch"],
         state["rate"],
-        state.get("keep_last", False),  # a checkpoint of an earlier version has none
         saved=course,
     )

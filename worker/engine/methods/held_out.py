@@ -5,6 +5,7 @@ what stays near it: there an iterate that was hardly trained looks better than o
 """
 
 import numpy as np
+import torch
 
 from worker.engine.data import PartName, epoch_order
 from worker.engine.evaluation import evaluate
@@ -30,19 +31,19 @@ def are_remembered(context: Context) -> bool:
     assert context.objective is not None  # noqa: S101
     if context.objective.loss_name == "distillation":
         return False
-    held, trained = _losses(context, "select"), _losses(context, "train")
+    reference = context.copy() if context.teacher is None else context.teacher.module
+    held, trained = _losses(context, reference, "select"), _losses(context, reference, "train")
     if min(len(held), len(trained)) < 2:
         return True
     spread = held.var(ddof=1) / len(held) + trained.var(ddof=1) / len(trained)
     return bool(held.mean() - trained.mean() <= ONE_SIDED_Z * np.sqrt(spread))
 
 
-def _losses(context: Context, part: PartName) -> np.ndarray:
+def _losses(context: Context, reference: torch.jit.ScriptModule, part: PartName) -> np.ndarray:
     """The reference's losses of the samples, or of groups of them, of some rows; ``(n,)`` float64."""
     assert context.dataset is not None  # noqa: S101
     assert context.objective is not None  # noqa: S101
     size = context.dataset.size(part)
     rows = np.sort(epoch_order(size, context.spec.seed, STREAM)[:ROWS_MAX])
-    reference = context.copy() if context.teacher is None else context.teacher.module
-    scores = evaluate(reference, context.dataset, part, context.objective, context.teacher, context.device, rows)
-    return scores.losses
+    # Without a teacher: only the task's loss is asked for, and the reference would answer twice.
+    return evaluate(reference, context.dataset, part, context.objective, None, context.device, rows).losses
