@@ -104,7 +104,7 @@ def learn(sources: Sources, spec: JobSpec, observer: Observer, saved: Saved | No
     census = with_stored_bits(_with_routed(census, reference, spec, dataset, examples), stored_bits)
     # Before the layers are told, which ends the time that a first call may take: a loss module may loop for ever too.
     made = make_objective(spec, sources.objective, dataset, reference, device)
-    context = _context(sources, spec, observer, device, census, dataset, made, examples, saved)
+    context = _context(sources, spec, observer, reference, device, census, dataset, made, examples, saved)
     del saved  # the context lets go of it
     outcome = method_for(spec.method.type).run(context)
     _leave(sources, context, outcome, examples)
@@ -162,6 +162,7 @@ def _context(
     sources: Sources,
     spec: JobSpec,
     observer: Observer,
+    reference: torch.jit.ScriptModule,
     device: torch.device,
     census: Census,
     dataset: Dataset | None,
@@ -179,7 +180,7 @@ def _context(
     total = {"macs": census.total_macs, "params": census.total_params, "bytes": sources.model.stat().st_size}[metric]
     limit = None if spec.budget is None else spec.budget.limit(total)
     used = total - _size_of_unused(decisions, metric)
-    network, measure = _network(sources.model, decisions.problems, metric, used, limit, device)
+    network, measure = _network(sources.model, reference, decisions.problems, metric, used, limit)
     require_reachable(network, limit, total, metric, unnamed)
     context = Context(
         source=sources.model,
@@ -201,7 +202,12 @@ def _context(
 
 
 def _network(
-    source: Path, problems: Sequence[LayerProblem], metric: Metric, total: int, limit: int | None, device: torch.device
+    source: Path,
+    reference: torch.jit.ScriptModule,
+    problems: Sequence[LayerProblem],
+    metric: Metric,
+    total: int,
+    limit: int | None,
 ) -> tuple[Network, FileMeasure | None]:
     """Size the network; under a budget in bytes with what its code takes of the file, measured where that counts."""
     if metric != "bytes" or limit is None:
@@ -210,7 +216,7 @@ def _network(
     if is_negligible(bounded, limit):
         return bounded, None
     measure = FileMeasure(source, problems)
-    parameters = dict(widen(load_model(source, device)).named_parameters())
+    parameters = dict(reference.named_parameters())
     weights = [parameters[str(problem.layer.weight)] for problem in problems]
     return measured_network(bounded, weights, measure), measure
 
