@@ -26,14 +26,14 @@ from worker.engine.layer_rules import apply_rules
 from worker.engine.network.costs import take_census
 from worker.engine.network.load import load_model
 
-VERSION = "2"
+VERSION = "3"
 DEPTHS = (20, 32, 56)
 SHARES = (0.5, 0.35, 0.2)  # of a layer's dense multiply-adds
 LOWER = 0.999  # times the better single term's error counts as lower
 BUDGETS = (0.5, 0.3, 0.15)  # of the network's multiply-adds
 STRONGEST = BUDGETS[-1]
 TRAIN_IMAGES, TEST_IMAGES = 5000, 10_000  # of MNIST; the references are trained on the same
-REFERENCE_EPOCHS, STEPS, TUNING = 10, 5, 5
+REFERENCE_EPOCHS, STEPS, TUNING = 10, 10, 10
 FORMS: dict[str, list[str]] = {
     "additive": ["channel", "spatial"],
     "channel": ["channel"],
@@ -46,7 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Measure both parts."""
     options = parser("additive", __doc__)
     options.add_argument("--data", type=Path, required=True, help="folder with the given networks and mnist.npz")
-    options.add_argument("--seeds", type=int, default=1)
+    options.add_argument("--seeds", type=int, default=3)
     options.add_argument("--threads", type=int, default=1)
     options.add_argument("--part", choices=("one-shot", "trained", "all"), default="all")
     options.add_argument("--forms", nargs="+", choices=FORMS, default=list(FORMS), help="of the trained part")

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from worker.engine.csteps.additive import Projection
 from worker.engine.layer_problem import LayerProblem
+from worker.engine.selection import shrinking
 from worker.engine.selection.network import Network, composed
 from worker.engine.selection.shrinking import FALLS_FROM, FALLS_TO, SLACK, LossOf, falling_limit, shrink
 from worker.engine.selection.steering import pressure_for
@@ -52,6 +53,25 @@ def test_units_that_the_loss_does_not_need_go_first() -> None:
     after = shrink(network, weights, before, int(0.55 * network.dense_size), measured(weights, [0]))
     assert after[0].ranks == kept.ranks
     assert any(after[index].ranks != before[index].ranks or before[index].dense for index in others)
+
+
+def test_a_loss_that_falls_in_a_trial_does_not_cost_the_layer_all_its_units(monkeypatch: pytest.MonkeyPatch) -> None:
+    network, weights, before = begin("mlp", 0.7)
+    limit = int(0.45 * network.dense_size)
+    others = measured(weights, range(1, len(weights)))
+
+    def falling(index: int, change: Tensor | None) -> float:
+        return -float(change.square().sum()) if index == 0 and change is not None else others(index, change)
+
+    def units_left() -> int:
+        after = shrink(network, weights, before, limit, falling)
+        assert network.size(after) <= limit
+        return after[0].ranks[0]
+
+    made = units_left()
+    alike = shrink(network, weights, before, limit, measured(weights, range(len(weights))))
+    monkeypatch.setattr(shrinking, "FLOOR", 0.0)
+    assert units_left() < made < alike[0].ranks[0], "worth less than the others, but not nothing"
 
 
 def test_a_dense_layer_becomes_a_sum_where_the_loss_does_not_mind() -> None:

@@ -22,6 +22,7 @@ from worker.engine.selection.units import at_ranks, at_units, refitted, together
 
 SLACK = 1.6  # the budget begins at so many times its end, or halfway to the dense network where that is less
 FALLS_FROM, FALLS_TO = 0.3, 0.8  # of the steps; before, ranks are free within the wider budget
+FLOOR = 0.3  # of what energies cost on average: counts for every term besides its own trial
 _TINIEST = 1e-12  # of a loss or an energy
 LossOf = Callable[[int, Tensor | None], float]  # with a layer's W changed by a tensor; None changes nothing
 
@@ -101,8 +102,9 @@ class _Trials:
 
     def values(self) -> list[tuple[int, int, list[float]]]:
         """Loss that each unit of each term is worth, the last units first; place −1 stands for being dense."""
-        found: list[tuple[int, int, list[float]]] = []
         base = self.loss_of(0, None)
+        found: list[tuple[int, int, list[float]]] = []
+        trials: list[_Trial] = []
         for index, (problem, before, begun) in enumerate(
             zip(self.network.problems, self.made, self.begun, strict=True)
         ):
@@ -111,24 +113,55 @@ class _Trials:
             if before.dense:
                 found.append((index, -1, [max(self._loss(index, begun, None) - base, _TINIEST)]))
                 continue
-            for place, choice in enumerate(problem.choices):
-                term = choice.term.settled(begun.factors[place])
-                units, least = begun.ranks[place], _least(problem, begun, place)
-                if not term.graded or choice.fixed or units <= least:
-                    continue
-                fewer = list(begun.ranks)
-                fewer[place] = max(units - max(round(units * self.share), 1), least)
-                tried = at_units(problem, self.weights[index], begun, fewer, self.mu)
-                rise = max(self._loss(index, tried, begun) - base, _TINIEST)
-                slope = rise / max(tried.error - begun.error, _TINIEST)
-                energies = term.energies(term.project(begun.factors[place]).to(torch.float64))[least:units]
-                found.append((index, place, (slope * energies.flip(0)).tolist()))
-        return found
+            for place in range(len(problem.choices)):
+                trials += self._trial(index, place, base)
+        floor = self._floor(trials)
+        return [*found, *((each.index, each.place, each.values(floor)) for each in trials)]
+
+    def _trial(self, index: int, place: int, base: float) -> list["_Trial"]:
+        """Try a term with fewer units; nothing where it has none to spare."""
+        problem, begun = self.network.problems[index], self.begun[index]
+        term = problem.choices[place].term.settled(begun.factors[place])
+        units, least = begun.ranks[place], _least(problem, begun, place)
+        if not term.graded or problem.choices[place].fixed or units <= least:
+            return []
+        fewer = list(begun.ranks)
+        fewer[place] = max(units - max(round(units * self.share), 1), least)
+        tried = at_units(problem, self.weights[index], begun, fewer, self.mu)
+        rise, lost = self._loss(index, tried, begun) - base, tried.error - begun.error
+        energies = term.energies(term.project(begun.factors[place]).to(torch.float64))[least:units]
+        return [_Trial(index, place, max(rise, 0.0), max(lost, _TINIEST), energies.flip(0).tolist())]
+
+    @staticmethod
+    def _floor(trials: Sequence["_Trial"]) -> float:
+        """Least that an energy is worth: while W learns, the loss falls in many a trial of a term that it needs.
+
+        Worth nothing, such a term would give all its units at once: measured on a small ResNet at 15 % of the
+        multiply-adds, a layer of the last block was left rank 1 to 3, with an error of 3.6 %; with a floor it is 2.8 %.
+        """
+        rises, lost = sum(each.rise for each in trials), sum(each.lost for each in trials)
+        return max(FLOOR * rises / max(lost, _TINIEST), _TINIEST)
 
     def _loss(self, index: int, tried: Projection, before: Projection | None) -> float:
         problem = self.network.problems[index]
         held = self.weights[index] if before is None else composed(problem, before.factors)
         return self.loss_of(index, composed(problem, tried.factors) - held)
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """What the loss rose by, and the energy that was lost, as a term had fewer units; energies of its last units."""
+
+    index: int
+    place: int
+    rise: float
+    lost: float
+    energies: list[float]
+
+    def values(self, floor: float) -> list[float]:
+        """Loss that each unit is worth."""
+        slope = self.rise / self.lost + floor
+        return [slope * energy for energy in self.energies]
 
 
 class _Dropping:
