@@ -113,34 +113,24 @@ class _Trials:
             if before.dense:
                 found.append((index, -1, [max(self._loss(index, begun, None) - base, _TINIEST)]))
                 continue
-            for place in range(len(problem.choices)):
-                trials += self._trial(index, place, base)
-        floor = self._floor(trials)
+            made = (self._trial(index, place, base) for place in range(len(problem.choices)))
+            trials += [each for each in made if each is not None]
+        floor = _floor(trials)
         return [*found, *((each.index, each.place, each.values(floor)) for each in trials)]
 
-    def _trial(self, index: int, place: int, base: float) -> list["_Trial"]:
-        """Try a term with fewer units; nothing where it has none to spare."""
+    def _trial(self, index: int, place: int, base: float) -> "_Trial | None":
+        """Try a term with fewer units, unless it has none to spare."""
         problem, begun = self.network.problems[index], self.begun[index]
         term = problem.choices[place].term.settled(begun.factors[place])
         units, least = begun.ranks[place], _least(problem, begun, place)
         if not term.graded or problem.choices[place].fixed or units <= least:
-            return []
+            return None
         fewer = list(begun.ranks)
         fewer[place] = max(units - max(round(units * self.share), 1), least)
         tried = at_units(problem, self.weights[index], begun, fewer, self.mu)
         rise, lost = self._loss(index, tried, begun) - base, tried.error - begun.error
         energies = term.energies(term.project(begun.factors[place]).to(torch.float64))[least:units]
-        return [_Trial(index, place, max(rise, 0.0), max(lost, _TINIEST), energies.flip(0).tolist())]
-
-    @staticmethod
-    def _floor(trials: Sequence["_Trial"]) -> float:
-        """Least that an energy is worth: while W learns, the loss falls in many a trial of a term that it needs.
-
-        Worth nothing, such a term would give all its units at once: measured on a small ResNet at 15 % of the
-        multiply-adds, a layer of the last block was left rank 1 to 3, with an error of 3.6 %; with a floor it is 2.8 %.
-        """
-        rises, lost = sum(each.rise for each in trials), sum(each.lost for each in trials)
-        return max(FLOOR * rises / max(lost, _TINIEST), _TINIEST)
+        return _Trial(index, place, max(rise, 0.0), max(lost, _TINIEST), energies.flip(0).tolist())
 
     def _loss(self, index: int, tried: Projection, before: Projection | None) -> float:
         problem = self.network.problems[index]
@@ -162,6 +152,18 @@ class _Trial:
         """Loss that each unit is worth."""
         slope = self.rise / self.lost + floor
         return [slope * energy for energy in self.energies]
+
+
+def _floor(trials: Sequence[_Trial]) -> float:
+    """Least that an energy is worth: while W learns, the loss falls in many a trial of a term that it needs.
+
+    Worth nothing, such a term would give all its units at once: measured on a small ResNet at 15 % of the
+    multiply-adds, a layer of the last block was left rank 1 to 3, with an error of 3.6 %; with a floor it is 2.8 %.
+    """
+    if not trials:
+        return 0.0
+    rises, lost = sum(each.rise for each in trials), sum(each.lost for each in trials)
+    return max(FLOOR * rises / lost, _TINIEST)
 
 
 class _Dropping:
