@@ -18,7 +18,7 @@ from benchmarks.given_networks import given_resnet, lenet5, mnist, script, small
 from benchmarks.options import parser
 from benchmarks.outcome import Limit, Sample, conclude, say
 from benchmarks.splits import best_of, splits_of
-from benchmarks.trials import Bench, Kept, Subject, Trial, median_of
+from benchmarks.trials import Bench, Kept, Subject, Trial
 from service.contract.spec import parse_spec
 from worker.engine.device import prepare_process
 from worker.engine.evaluation import paired_difference
@@ -140,7 +140,7 @@ def trained(given: Any, *, quick: bool) -> tuple[list[Sample], list[Limit]]:
 
 def judged(name: str, budget: float, made: dict[str, list[dict[str, Any]]], images: int) -> list[Limit]:
     """Hold the sum against the better single scheme: nowhere above it by more than the paired interval."""
-    better = min(("channel", "spatial"), key=lambda form: median_of(made[form]))
+    better = min(("channel", "spatial"), key=lambda form: np.mean([each["test_error_percent"] for each in made[form]]))
     pairs = zip(made["additive"], made[better], strict=True)
     differences = np.stack([_wrong(one, images) - _wrong(other, images) for one, other in pairs]).mean(axis=0)
     found = paired_difference("error", differences, np.zeros(images))

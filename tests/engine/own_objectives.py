@@ -13,6 +13,30 @@ from torch.nn import functional as F
 from tests.engine.tiny_jobs import archive, save_model
 
 
+class CrossEntropy(nn.Module):
+    """Of classes: what the service itself computes."""
+
+    @torch.jit.export
+    def loss(self, outputs: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        return F.cross_entropy(outputs, batch["targets"])
+
+    @torch.jit.export
+    def metric(self, outputs: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, int]:
+        return (outputs.argmax(1) == batch["targets"]).sum(), len(outputs)
+
+
+class NotOfOutputs(nn.Module):
+    """Of a parameter of its own and the targets: no gradient reaches the network."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+
+    @torch.jit.export
+    def loss(self, outputs: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        return batch["targets"].mean() * self.scale
+
+
 class Tagger(nn.Module):
     """Several labels for each sample."""
 

@@ -8,18 +8,14 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from corpus_convolutions import Conv1dNet, Conv3dNet, ConvNext, Grouped, PaddingModes
 from corpus_images import (
     Autoencoder,
-    Conv1dNet,
-    Conv3dNet,
-    ConvNext,
     DenseNet,
     Detector,
-    Grouped,
     LeNet5,
     LeNet300,
     MobileNetV2,
-    PaddingModes,
     ResNet20,
     ResNet50,
     Siamese,
