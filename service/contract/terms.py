@@ -103,7 +103,7 @@ class LowRankTermSpec(TermSpec):
 
     engine: ClassVar[str] = "worker.engine.forms.low_rank_forms:LowRankForms"
     type: Literal["low_rank"] = "low_rank"
-    reshape: NamedReshape | GeneralReshape  # best: the C step chooses for each layer
+    reshape: NamedReshape | GeneralReshape = "best"  # best: the C step chooses for each layer
     chunks: PositiveInt | Literal["auto"] = "auto"
     kronecker: Annotated[tuple[PositiveInt, PositiveInt], Field(strict=False)] | None = None  # (m₁, n₁) of Aₖ
     rank: PositiveInt | None = None

@@ -53,3 +53,9 @@ def test_cost(spec: dict[str, Any], cost: object) -> None:
 def test_resolving_again_changes_nothing() -> None:
     resolved = resolve(BUDGET)
     assert resolve(resolved) == resolved
+
+
+@pytest.mark.parametrize("term", [{}, {"rank": 3}, {"type": "low_rank", "then": {"type": "quantize", "values": 4}}])
+def test_a_low_rank_term_without_a_reshape_takes_the_best_of_each_layer(term: dict[str, Any]) -> None:
+    (resolved,) = resolve({**BUDGET, "layers": [{"terms": [term]}]})["layers"][0]["terms"]
+    assert (resolved["type"], resolved["reshape"]) == ("low_rank", "best")
