@@ -13,6 +13,8 @@ from torch.nn import functional as F
 
 from service.contract.errors import ErrorCode, ProblemError
 from service.contract.events import EventKind
+from service.contract.plan import Form, RankRow
+from worker.engine.methods.learning_rate import what_to_change
 
 BUDGET = {"budget": {"max_params_fraction": 0.5}}
 
@@ -205,6 +207,19 @@ def test_a_rate_at_which_everything_diverges(tmp_path: Path) -> None:
             data,
         )
     assert caught.value.code == ErrorCode.DIVERGED
+    assert "lower training.optimizer.lr" in caught.value.detail
+
+
+def test_what_diverges_because_its_values_are_far_away_is_not_told_to_train_slower() -> None:
+    """±1 for weights of a hundredth: no learning rate helps, another scheme does."""
+    rows = [
+        RankRow(step=1, layer=name, term=0, form=Form.QUANTIZED, relative_error=error)
+        for name, error in (("near", 0.4), ("far", 7.96), ("less", 3.0))
+    ]
+    assert "weight of far is 8.0 times as far from the trained one as zeros are" in what_to_change(rows)
+    assert "scaled_binary" in what_to_change(rows)
+    assert what_to_change(rows[:1]) == what_to_change([])
+    assert "lower training.optimizer.lr" in what_to_change([])
 
 
 def test_a_step_that_diverges_is_repeated_at_half_the_rate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,14 @@ from worker.engine.csteps.additive import Projection
 from worker.engine.forms.term import Accuracy
 from worker.engine.methods.context import Context, Outcome, ProgressMeter
 from worker.engine.methods.factored import Learned, finish
-from worker.engine.methods.learning_rate import loss_limit, mean_objective, probe_positions, range_test, step_rate
+from worker.engine.methods.learning_rate import (
+    loss_limit,
+    mean_objective,
+    probe_positions,
+    range_test,
+    step_rate,
+    what_to_change,
+)
 from worker.engine.methods.loop import STAGE, Loop, LStep, restore_loop, save_loop, settings_of, weights_of
 from worker.engine.rank_rows import changed, step_rows
 from worker.engine.selection.network import composed, held_against, nothing_yet
@@ -179,8 +186,8 @@ def _l_step(context: Context, loop: Loop, l_step: LStep, mu: float, meter: Progr
         return course.place.loss, penalty.value()
     raise ProblemError(
         ErrorCode.DIVERGED,
-        f"step {loop.step + 1} diverges even at a learning rate of {loop.rate * loop.rate_scale:.3g}; lower "
-        "training.optimizer.lr, or leave it to the range test",
+        f"step {loop.step + 1} diverges even at a learning rate of {loop.rate * loop.rate_scale:.3g}; "
+        + what_to_change(loop.rows),
     )
 
 

@@ -8,6 +8,7 @@ import torch
 
 from service.contract.errors import ErrorCode, ProblemError
 from service.contract.numbers import Auto
+from service.contract.plan import RankRow
 from service.contract.training_spec import (
     ConstantSchedule,
     CosineSchedule,
@@ -164,3 +165,27 @@ def mean_objective(trainer: Trainer, positions: np.ndarray, *, zeros: bool = Fal
                 outputs = map_tensors(outputs, torch.zeros_like)
             total += float(trainer.objective.batch_loss(outputs, batch, wanted)) * len(rows)
     return total / len(positions)
+
+
+def what_to_change(rows: Sequence[RankRow]) -> str:
+    """Advise after a step that diverges at every rate.
+
+    Parameters
+    ----------
+    rows : sequence of RankRow
+        Rank configuration of the last C step. Where a Θ is farther from W than zeros are, the penalty pulls W so far
+        off that no rate helps: ±1 for weights of a hundredth, for example.
+
+    Returns
+    -------
+    str
+        What to change in the spec.
+    """
+    worst = max(rows, key=lambda row: row.relative_error, default=None)
+    if worst is None or worst.relative_error <= 1:
+        return "lower training.optimizer.lr, or leave it to the range test"
+    return (
+        f"the compressed weight of {worst.layer} is {worst.relative_error:.1f} times as far from the trained one as "
+        "zeros are: give the layer terms that come nearer, such as a scheme whose values are learned (scaled_binary, "
+        "codebook), more values or a higher rank"
+    )
