@@ -121,7 +121,15 @@ def _two_values() -> dict[str, Any]:
 
 
 PUBLISHED = (
-    Published("two values in each layer", 2.56, 0.033, [{"terms": [_two_values()]}], 180, 1, 1e-4),
+    Published(
+        "two values in each layer",
+        2.56,
+        0.033,
+        [{"terms": [_two_values()]}],
+        steps=180,
+        epochs_per_step=1,
+        weight_decay=1e-4,
+    ),
     Published("pruned to 5 %", 2.18, 0.062, [{"terms": [{"type": "prune", "keep_fraction": 0.05, "joint": True}]}]),
     Published(
         "two values and 1 % corrections",

@@ -12,16 +12,18 @@ from torch.nn import functional as F
 
 from tests.engine.tiny_jobs import archive, save_model
 
+Batch = dict[str, Tensor]
+
 
 class CrossEntropy(nn.Module):
     """Of classes: what the service itself computes."""
 
     @torch.jit.export
-    def loss(self, outputs: Tensor, batch: dict[str, Tensor]) -> Tensor:
+    def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
         return F.cross_entropy(outputs, batch["targets"])
 
     @torch.jit.export
-    def metric(self, outputs: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, int]:
+    def metric(self, outputs: Tensor, batch: Batch) -> tuple[Tensor, int]:
         return (outputs.argmax(1) == batch["targets"]).sum(), len(outputs)
 
 
@@ -33,7 +35,7 @@ class NotOfOutputs(nn.Module):
         self.scale = nn.Parameter(torch.ones(()))
 
     @torch.jit.export
-    def loss(self, outputs: Tensor, batch: dict[str, Tensor]) -> Tensor:
+    def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
         return batch["targets"].mean() * self.scale
 
 
@@ -59,11 +61,11 @@ class TaggerLoss(nn.Module):
         self.register_buffer("pos_weight", torch.linspace(1.0, 2.0, 6))
 
     @torch.jit.export
-    def loss(self, outputs: Tensor, batch: dict[str, Tensor]) -> Tensor:
+    def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
         return F.binary_cross_entropy_with_logits(outputs, batch["targets"], pos_weight=self.pos_weight)
 
     @torch.jit.export
-    def metric(self, outputs: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, int]:
+    def metric(self, outputs: Tensor, batch: Batch) -> tuple[Tensor, int]:
         right = (outputs > 0) == (batch["targets"] > 0.5)
         return right.sum(), right.numel()
 
@@ -87,11 +89,11 @@ class UNetLoss(nn.Module):
     """Cross entropy over pixels; the metric is the mean over the classes' intersections over their unions, pooled."""
 
     @torch.jit.export
-    def loss(self, outputs: Tensor, batch: dict[str, Tensor]) -> Tensor:
+    def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
         return F.cross_entropy(outputs, batch["masks"])
 
     @torch.jit.export
-    def metric(self, outputs: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    def metric(self, outputs: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         found = F.one_hot(outputs.argmax(1), 3) > 0
         wanted = F.one_hot(batch["masks"], 3) > 0
         return (found & wanted).sum(), (found | wanted).sum()
@@ -125,7 +127,7 @@ class DetectorLoss(nn.Module):
         return maps[torch.arange(len(box), device=box.device), 1:, cell[:, 1], cell[:, 0]].sigmoid()
 
     @torch.jit.export
-    def loss(self, outputs: list[Tensor], batch: dict[str, Tensor]) -> Tensor:
+    def loss(self, outputs: list[Tensor], batch: Batch) -> Tensor:
         box = batch["targets.box"]
         total = torch.zeros((), device=box.device)
         for maps in outputs:
@@ -138,7 +140,7 @@ class DetectorLoss(nn.Module):
         return total
 
     @torch.jit.export
-    def metric(self, outputs: list[Tensor], batch: dict[str, Tensor]) -> tuple[Tensor, int]:
+    def metric(self, outputs: list[Tensor], batch: Batch) -> tuple[Tensor, int]:
         wanted = batch["targets.box"]
         found = self.box(outputs[0], wanted)
         low = torch.maximum(found[:, :2] - found[:, 2:] / 2, wanted[:, :2] - wanted[:, 2:] / 2)
@@ -168,11 +170,11 @@ class RegressionLoss(nn.Module):
         self.higher_is_better = False
 
     @torch.jit.export
-    def loss(self, outputs: Tensor, batch: dict[str, Tensor]) -> Tensor:
+    def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
         return F.huber_loss(outputs, batch["targets"], delta=0.5)
 
     @torch.jit.export
-    def metric(self, outputs: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, int]:
+    def metric(self, outputs: Tensor, batch: Batch) -> tuple[Tensor, int]:
         return (outputs - batch["targets"]).abs().sum(), outputs.numel()
 
 
@@ -193,7 +195,7 @@ class HingeLoss(nn.Module):
     """The largest margin of one class against the others; no metric, so the loss is measured."""
 
     @torch.jit.export
-    def loss(self, outputs: tuple[Tensor, Tensor], batch: dict[str, Tensor]) -> Tensor:
+    def loss(self, outputs: tuple[Tensor, Tensor], batch: Batch) -> Tensor:
         return F.multi_margin_loss(outputs[0], batch["targets"], margin=0.2)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from own_objectives import CASES, CrossEntropy, Detector, NotOfOutputs, save_case
+from own_objectives import CASES, Batch, CrossEntropy, Detector, NotOfOutputs, save_case
 from tiny_jobs import Mlp, archive, quick, run_learn, save_data, save_model
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -31,7 +31,6 @@ from worker.engine.verification import summarise, verify
 
 CPU = torch.device("cpu")
 OWN = {"module": new_id(MODEL)}
-Batch = dict[str, Tensor]
 
 
 class Contrast(nn.Module):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from own_objectives import CASES, CrossEntropy, DetectorLoss, NotOfOutputs, TaggerLoss, save_case
+from own_objectives import CASES, Batch, CrossEntropy, DetectorLoss, NotOfOutputs, TaggerLoss, save_case
 from tiny_jobs import archive, quick
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -21,7 +21,6 @@ from worker.engine.observer import Recorder
 
 CPU = torch.device("cpu")
 OWN = {"module": new_id(MODEL)}
-Batch = dict[str, Tensor]
 
 
 class NoLoss(nn.Module):
